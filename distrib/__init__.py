@@ -1,0 +1,1 @@
+"""A run is (config, step, weights). Everything else is a function of the step."""

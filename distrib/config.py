@@ -1,0 +1,219 @@
+"""Every choice that can change a result, with its unit: defaults, then a YAML file, then key=value, the last one wins."""
+
+import os
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+T = TypeVar("T")
+
+USAGE = """\
+usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
+       --print-config shows the whole config that would be used, --help all keys"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: told in one line, without a traceback, and the run ends with exit code 2."""
+
+
+def key(default: T, meaning: str, within: str = "", *, free: bool = False) -> T:
+    """A key of the config.
+
+    `within` is an interval such as "[0, 1)". A `free` key does not change what is learned, so a run that has begun may go
+    on with another value of it.
+    """
+    return cast(T, field(default=default, metadata={"meaning": meaning, "within": within, "free": free}))
+
+
+class Checked:
+    """Refuses values that are not `within` the interval of their key."""
+
+    def __post_init__(self) -> None:
+        for each in fields(cast(Any, self)):
+            value, within = getattr(self, each.name), each.metadata.get("within")
+            if within and not lies_within(value, within):
+                section = type(self).__name__.removesuffix("Config").lower()
+                name = f"{section}.{each.name}" if section else each.name
+                raise UserError(f"{name} is {value}, not in {within}: {each.metadata['meaning']}")
+
+
+def lies_within(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
+    root: str = key("data", "where data sets are or are downloaded to; for folder, what holds train/ and val/", free=True)
+    workers: int = key(2, "processes per rank that read image files; a set that fits in memory needs none", "[0, inf)", free=True)
+    size: int = key(224, "pixels: height and width that the images of folder are brought to", "[1, inf)")
+    crop_area: float = key(0.25, "folder: least part of a training image's area that its random crop shows", "(0, 1]")
+    shift: int = key(0, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")
+    flip: bool = key(False, "mirror half of the training images, drawn anew each epoch")
+    erase: int = key(0, "pixels: side of a square that is blanked in each training image (Cutout)", "[0, inf)")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    name: str = key("cnn", "cnn, or a classification model of torchvision: resnet18, resnet50, convnext_tiny, ...")
+    norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
+    width: int = key(64, "cnn: channels of its first layer; later ones have 1, 2 and 4 times as many", "[1, inf)")
+    dropout: float = key(0.0, "cnn: part of the features that is dropped before the last layer", "[0, 1)")
+    weights: str = key("", "pretrained weights: a name of torchvision's (DEFAULT), or a .safetensors or .pth file")
+
+
+@dataclass(frozen=True)
+class OptimConfig(Checked):
+    name: Literal["sgd", "adamw"] = key("sgd", "sgd, with Nesterov's momentum, or adamw")
+    lr: float = key(0.1, "learning rate at its peak, for the whole batch_size: ranks do not scale it", "(0, inf)")
+    momentum: float = key(0.9, "momentum of sgd, first beta of adamw", "[0, 1)")
+    weight_decay: float = key(5e-4, "pull of weights towards 0, times the learning rate; biases and norms have none", "[0, inf)")
+    warmup_epochs: float = key(1.0, "epochs in which the learning rate rises to its peak", "[0, inf)")
+    schedule: Literal["cosine", "linear"] = key("cosine", "how the learning rate falls from its peak to 0 at the end")
+    label_smoothing: float = key(0.0, "part of a label's weight that is spread over all classes", "[0, 1)")
+    clip_norm: float = key(0.0, "a longer gradient (2-norm, over all weights) is cut to this; 0: no limit", "[0, inf)")
+    average_decay: float = key(0.0, "per step: decay of a moving average of the weights, evaluated too; 0: none", "[0, 1)")
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    run_dir: str = key("", "folder of this run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True)
+    seed: int = key(0, "of the initial weights, the order of the images and the noise in them", "[0, inf)")
+    epochs: float = key(20.0, "times that the training set is gone through", "(0, inf)")
+    batch_size: int = key(128, "images per optimizer step, over all ranks together", "[1, inf)")
+    micro_batches: int = key(1, "parts that a rank's share of a batch is cut into, to fit in memory", "[1, inf)", free=True)
+    precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 where the device is good at it")
+    log_every: int = key(50, "steps between two reports", "[1, inf)", free=True)
+    eval_every: int = key(0, "steps between two evaluations; 0: an epoch", "[0, inf)", free=True)
+    save_every: int = key(0, "steps between two checkpoints; 0: an epoch", "[0, inf)", free=True)
+    keep: int = key(2, "checkpoints that are kept, the newest; at least 2, since the last one may be damaged", "[2, inf)", free=True)
+    threads: int = key(0, "CPU threads of a rank; 0: this process's cores, shared by the ranks of a machine", "[0, inf)", free=True)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def load_config(args: Sequence[str]) -> Config:
+    """The config that a command line asks for: `[CONFIG.yaml] [key=value ...]`. Raises UserError."""
+    files = [arg for arg in args if "=" not in arg]
+    if len(files) > 1 or any(arg.startswith("-") for arg in args):
+        odd = next((arg for arg in args if arg.startswith("-")), files[-1])
+        raise UserError(f"what is {odd!r}? Give at most one CONFIG.yaml, then key=value pairs; --help lists the keys")
+    config = OmegaConf.structured(Config(run_dir=f"runs/{Path(files[0]).stem if files else 'digits'}"))
+    for file in files:
+        config = _merged(config, _read(Path(file)), f"{file}: ")
+    for pair in args:
+        if "=" in pair:
+            config = _merged(config, _parse(pair), "")
+    return cast(Config, OmegaConf.to_object(config))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        keys = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path} (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{path} is no YAML file that can be read: {_one_line(error)}") from None
+    if not isinstance(keys, DictConfig):
+        raise UserError(f"{path} is a list, not a config: write it as 'key: value' lines")
+    return keys
+
+
+def _parse(pair: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([pair])
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{pair!r} is not key=value: {_one_line(error)}") from None
+
+
+def _merged(config: DictConfig, keys: DictConfig, where: str) -> DictConfig:
+    if keys.get("precision") is False:  # YAML's reading of a bare `no`
+        keys["precision"] = "no"
+    try:
+        config = cast(DictConfig, OmegaConf.merge(config, keys))
+        OmegaConf.to_object(config)  # checks the ranges
+        return config
+    except ConfigKeyError as error:
+        raise UserError(f"{where}there is no key {error.full_key}: {_hint(str(error.full_key))}") from None
+    except OmegaConfBaseException as error:
+        name = error.full_key or ", ".join(keys)
+        raise UserError(f"{where}{name}: {str(error).splitlines()[0]}") from None
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def _hint(unknown: str) -> str:
+    names = [name for name, *_ in _keys(Config())]
+    same_leaf = [name for name in names if name.rpartition(".")[2] == unknown.rpartition(".")[2]]
+    near = same_leaf or get_close_matches(unknown, names)
+    return f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def help_text() -> str:
+    """Every key with its type, default and meaning."""
+    width = min(shutil.get_terminal_size().columns, 140)
+    lines = [USAGE, ""]
+    for name, kind, default, meta in _keys(Config()):
+        head = f"{name:<22}{kind:<22}{default!s:<9}"
+        limits = f" {meta['within']}" if meta["within"] else ""
+        lines += textwrap.wrap(head + meta["meaning"] + limits, width, subsequent_indent=" " * 53, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _keys(config: Any, section: str = "") -> Iterator[tuple[str, str, Any, Any]]:
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            yield from _keys(value, f"{each.name}.")
+        else:
+            choices = "|".join(map(str, get_args(each.type)))
+            yield section + each.name, choices or cast(type, each.type).__name__, value, each.metadata
+
+
+def settle(config: Config, *, longer: bool = False) -> None:
+    """Make `run_dir` and leave the config there.
+
+    A folder that another config has begun is refused, naming the keys that differ, but for `free` ones. If `longer`, there may
+    be more epochs: the learning rate follows the longer schedule from there on. Call it on rank 0.
+    """
+    saved = Path(config.run_dir, "config.yaml")
+    try:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            _refuse_another_run(config, load_config([str(saved)]), longer)
+        partial = saved.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(to_yaml(config))
+        partial.replace(saved)
+    except OSError as error:
+        raise UserError(f"run_dir {config.run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+
+
+def _refuse_another_run(config: Config, begun: Config, longer: bool) -> None:
+    differ = {
+        name: f"{name} ({old} there, {new} now)"
+        for (name, _, old, meta), (_, _, new, _) in zip(_keys(begun), _keys(config), strict=True)
+        if old != new and not meta["free"]
+    }
+    if longer and config.epochs > begun.epochs:
+        del differ["epochs"]
+    if differ:
+        more = "; to train on, give epochs=N with a larger N" if "epochs" in differ else ""
+        raise UserError(f"{config.run_dir} was begun with another {', '.join(differ.values())}: give another run_dir{more}")

@@ -1,0 +1,60 @@
+"""Noise on whole batches, on the device, on uint8: what happens to an image is a function of (seed, epoch, image)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distrib.config import DataConfig
+from distrib.data.steps import AUGMENT, Share, fold, noise
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Moves, mirrors and blanks training images, (n, channels, height, width) uint8, as `config` says."""
+
+    config: DataConfig
+    seed: int
+
+    def __call__(self, images: Tensor, share: Share) -> Tensor:
+        if not (self.config.shift or self.config.flip or self.config.erase):
+            return images
+        key = fold(self.seed, AUGMENT, share.epoch)
+        drawn = noise(key, share.images.to(images.device), draws=5)
+        down, right, mirror, row, column = drawn.unbind(1)
+        if self.config.shift or self.config.flip:
+            images = moved(images, down, right, mirror if self.config.flip else torch.ones_like(mirror), self.config.shift)
+        if self.config.erase:
+            images = erased(images, row, column, self.config.erase)
+        return images
+
+
+def moved(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor, shift: int) -> Tensor:
+    """Each image moved by up to `shift` pixels, black where it came from, and mirrored where `mirror` (n,) is < 0.5.
+
+    `down` and `right`, (n,) in [0, 1), stand for -shift to shift. One gather does it all.
+    """
+    n, channels, height, width = images.shape
+    rows = torch.arange(height, device=images.device) + (down[:, None] * (2 * shift + 1)).long()  # in the padded image
+    columns = torch.arange(width, device=images.device).expand(n, width)
+    columns = torch.where(mirror[:, None] < 0.5, columns.flip(1), columns) + (right[:, None] * (2 * shift + 1)).long()
+    padded = F.pad(images, (shift,) * 4).flatten(2)
+    pixels = rows[:, :, None] * (width + 2 * shift) + columns[:, None, :]
+    return padded.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(images.shape)
+
+
+def erased(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Each image with a black square of `side` pixels around (row, column), each (n,) in [0, 1): DeVries and Taylor, 2017."""
+    height, width = images.shape[2:]
+    top, left = (row * height).long() - side // 2, (column * width).long() - side // 2
+    rows = torch.arange(height, device=images.device) - top[:, None]
+    columns = torch.arange(width, device=images.device) - left[:, None]
+    square = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+    return images.masked_fill(square[:, None], 0)
+
+
+def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 to float32 of mean 0 and variance 1 per channel, channels last. `mean`, `std`: (channels, 1, 1), of [0, 1]."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    return (images.float() - mean * 255) / (std * 255)

@@ -1,0 +1,77 @@
+"""Batches on the device: the images of each step, whether their set is in memory or workers read it from files."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distrib.config import Config, UserError
+from distrib.data.augment import Augment, normalized
+from distrib.data.files import Reader
+from distrib.data.sources import Arrays, Source
+from distrib.data.steps import Share, Steps, contiguous
+
+Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels, on the device
+
+
+class Batch(NamedTuple):
+    """Normalised images, (n, channels, height, width) float32, channels last, and labels, (n,) int64, on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Resident:
+    """A set that is on the device as a whole."""
+
+    def __init__(self, arrays: Arrays, device: torch.device):
+        self.images, self.labels = arrays.images.to(device), arrays.labels.to(device)
+
+    def read(self, shares: Iterable[Share]) -> Iterator[Read]:
+        for share in shares:
+            chosen = share.images.to(self.labels.device)
+            yield share, self.images[chosen], self.labels[chosen]
+
+
+class Streamed:
+    """A set of files, which worker processes read ahead."""
+
+    def __init__(self, reader: Reader, device: torch.device, workers: int):
+        self.reader, self.device, self.workers = reader, device, workers
+
+    def read(self, shares: Iterable[Share]) -> Iterator[Read]:
+        reader: Any = self.reader  # has __getitem__, which is all that is asked of a data set whose sampler yields shares
+        pinned = self.device.type == "cuda"
+        for read in DataLoader(reader, sampler=shares, batch_size=None, num_workers=self.workers, pin_memory=pinned):
+            if isinstance(read, UserError):
+                raise read
+            share, images, labels = read
+            yield share, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class Loader:
+    """Batches for training by step, and for validation in order. Every rank has its own, which gives its shares only."""
+
+    def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device):
+        self.source, self.steps, self.device = source, steps, device
+        self.augment = Augment(config.data, config.seed)
+        self.part = -(-steps.share // config.micro_batches)  # images that are known to fit in memory at once
+        workers = config.data.workers
+        self.sets = [
+            Resident(images, device)
+            if isinstance(images, Arrays)
+            else Streamed(Reader(images, config.seed, crop_area), device, workers)
+            for images, crop_area in ((source.train, config.data.crop_area), (source.val, None))
+        ]
+        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (source.mean, source.std))
+
+    def train(self, steps: range) -> Iterator[Batch]:
+        for share, images, labels in self.sets[0].read(map(self.steps, steps)):
+            yield Batch(normalized(self.augment(images, share), self.mean, self.std), labels)
+
+    def val(self) -> Iterator[Batch]:
+        shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, self.part)
+        for _, images, labels in self.sets[1].read(shares):
+            yield Batch(normalized(images, self.mean, self.std), labels)

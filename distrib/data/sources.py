@@ -1,0 +1,139 @@
+"""Data sets by name. Each is a `Source`: images for training, images for validation, and what belongs to both."""
+
+import gzip
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from distrib.config import DataConfig, UserError
+from distrib.data.files import Files
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in memory: (n, channels, height, width) uint8, and their labels, (n,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set. `mean` and `std` are of its training images, per channel, with pixels in [0, 1]."""
+
+    train: Arrays | Files
+    val: Arrays | Files
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_source(config: DataConfig, *, download: bool) -> Source:
+    """The data set `config.name`. Raises UserError if it is unknown, absent and not to be had, or damaged."""
+    if config.name not in SOURCES:
+        raise UserError(f"there is no data set {config.name!r}: use one of {', '.join(SOURCES)}")
+    return SOURCES[config.name](config, download)
+
+
+def digits(config: DataConfig, download: bool) -> Source:
+    """scikit-learn's 1,797 digits of 8x8 pixels, every fifth for validation (their order is that of the writers)."""
+    from sklearn.datasets import load_digits  # takes a second, and no other data set needs it
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels * (255 / 16)).round().byte().view(-1, 1, 8, 8)
+    held = torch.arange(len(images)) % 5 == 0
+    labels = torch.from_numpy(labels).long()
+    train, val = Arrays(images[~held], labels[~held]), Arrays(images[held], labels[held])
+    return Source(train, val, tuple("0123456789"), (1, 8, 8), mean=(0.3053,), std=(0.3760,))
+
+
+def of_torchvision(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], config: DataConfig, download: bool) -> Source:
+    """A small data set that torchvision knows how to find, verify and download."""
+    train, val = (found_or_fetched(kind, config, train, download) for train in (True, False))
+    arrays = [Arrays(_images(each.data), torch.as_tensor(each.targets).long()) for each in (train, val)]
+    shape = arrays[0].images.shape
+    return Source(arrays[0], arrays[1], tuple(train.classes), (shape[1], shape[2], shape[3]), mean, std)
+
+
+def found_or_fetched(kind: Any, config: DataConfig, train: bool, download: bool) -> Any:
+    waited = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return kind(config.root, train=train, download=download)
+    except (RuntimeError, OSError, EOFError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{config.name} is not under {Path(config.root).absolute()}, and could not be downloaded: {why}. "
+            f"Give data.root=FOLDER, a folder that has it as torchvision's {kind.__name__} leaves it"
+            + (f", or apt-get install dataset-fashion-mnist ({DEBIAN_FASHION_MNIST})" if kind is datasets.FashionMNIST else "")
+        ) from None
+    finally:
+        socket.setdefaulttimeout(waited)
+
+
+def _images(data: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    images = torch.as_tensor(data)
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def fashion_mnist(config: DataConfig, download: bool) -> Source:
+    """Zalando's 70,000 articles of clothing; Debian's package dataset-fashion-mnist is used where it is installed."""
+    mean, std = (0.2860,), (0.3530,)
+    if not DEBIAN_FASHION_MNIST.is_dir() or Path(config.root, "FashionMNIST").is_dir():
+        return of_torchvision(datasets.FashionMNIST, mean, std, config, download)
+    train, val = _read_debian("train"), _read_debian("t10k")
+    return Source(train, val, tuple(datasets.FashionMNIST.classes), (1, 28, 28), mean, std)
+
+
+def _read_debian(part: Literal["train", "t10k"]) -> Arrays:
+    """Read gzipped IDX files, whose headers are 16 bytes for images and 8 for labels."""
+    try:
+        images = gzip.decompress((DEBIAN_FASHION_MNIST / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
+        labels = gzip.decompress((DEBIAN_FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
+    except (OSError, EOFError) as error:
+        raise UserError(f"{DEBIAN_FASHION_MNIST} is damaged ({error}): apt-get install --reinstall dataset-fashion-mnist") from None
+    pixels = torch.frombuffer(bytearray(images), dtype=torch.uint8).view(-1, 1, 28, 28)
+    return Arrays(pixels, torch.frombuffer(bytearray(labels), dtype=torch.uint8).long())
+
+
+def folder(config: DataConfig, download: bool) -> Source:
+    """Image files in train/CLASS/ and val/CLASS/, such as ImageNet's, whose mean and std are taken."""
+    parts = {}
+    for part in ("train", "val"):
+        try:
+            parts[part] = datasets.ImageFolder(Path(config.root, part))
+        except FileNotFoundError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"data.root is {config.root!r}, which lacks {part}/CLASS/image files: {why}") from None
+    train, val = parts["train"], parts["val"]
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} is in one of them only")
+    sets = [Files([path for path, _ in each.samples], torch.tensor(each.targets), config.size) for each in (train, val)]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Source(sets[0], sets[1], tuple(train.classes), (3, config.size, config.size), mean, std)
+
+
+SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {
+    "digits": digits,
+    "mnist": partial(of_torchvision, datasets.MNIST, (0.1307,), (0.3081,)),
+    "fashion_mnist": fashion_mnist,
+    "cifar10": partial(of_torchvision, datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": partial(of_torchvision, datasets.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "folder": folder,
+}

@@ -1,0 +1,116 @@
+"""Which images a step sees, and the noise in each of them: pure functions of (seed, step).
+
+Nothing here depends on the number of ranks or workers, on the device, or on how often a run was interrupted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distrib.config import UserError
+
+# What a random number is for: each use draws from a stream of its own.
+ORDER, AUGMENT, CROP, DROPOUT = range(4)
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # shifts and factors of SplitMix64
+MASK = (1 << 64) - 1
+
+
+def fold(*numbers: int) -> int:
+    """One 64-bit number out of several, such as (seed, stream, epoch). Different numbers give unrelated ones."""
+    folded = 0
+    for number in numbers:
+        folded = ((folded ^ number) + GOLDEN) & MASK
+        for shift, factor in MIX:
+            folded = ((folded ^ (folded >> shift)) * factor) & MASK
+        folded ^= folded >> 31
+    return folded
+
+
+def hashes(key: int, counters: Tensor) -> Tensor:
+    """SplitMix64 at `counters` (int64, any shape) of the stream `key`: int64, the same on every device.
+
+    A counter-based generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): number i is
+    computed without the i before it, so an image's noise depends on nothing but its key and its index.
+    """
+    x = counters * _signed(GOLDEN) + _signed(key)
+    for shift, factor in MIX:
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return x ^ _shifted(x, 31)
+
+
+def _signed(number: int) -> int:
+    return ((number + (1 << 63)) & MASK) - (1 << 63)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without the sign, which torch's >> would repeat
+
+
+def noise(key: int, images: Tensor, draws: int) -> Tensor:
+    """Uniform numbers in [0, 1) for each of `images` (n,), their indices in the data set: (n, draws), float32."""
+    counters = images[:, None] * draws + torch.arange(draws, device=images.device)
+    return ((hashes(key, counters) >> 40) & 0xFFFFFF).float() / (1 << 24)  # 24 bits: all that a float32 holds exactly
+
+
+@lru_cache(maxsize=2)
+def order(images: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch, a permutation of range(images): the images sorted by their hashes."""
+    return hashes(fold(seed, ORDER, epoch), torch.arange(images)).argsort(stable=True)
+
+
+class Share(NamedTuple):
+    """What one rank sees of one batch: indices in the data set, int64, and the epoch that keys their noise."""
+
+    epoch: int
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The images of every step: step s is in epoch s // per_epoch, and rank r takes the r-th contiguous share of its batch.
+
+    The images % batch_size that are left over sit out an epoch: others in each. Raises UserError if the batch does not
+    divide among the ranks, or if there are fewer images than it takes.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.images < self.world:
+            raise UserError(f"{self.world} ranks are more than the {self.images} training images: use {self.images} or fewer")
+        if self.images < self.batch_size:
+            raise UserError(f"batch_size {self.batch_size} is more than the {self.images} training images: use {self.images} or less")
+        spare = self.batch_size % self.world
+        if spare:
+            fits = [size for size in (self.batch_size - spare, self.batch_size - spare + self.world) if size]
+            raise UserError(f"batch_size {self.batch_size} does not divide among {self.world} ranks: use {' or '.join(map(str, fits))}")
+
+    @property
+    def per_epoch(self) -> int:
+        return self.images // self.batch_size
+
+    @property
+    def share(self) -> int:
+        """Images of a rank in each step."""
+        return self.batch_size // self.world
+
+    def __call__(self, step: int) -> Share:
+        epoch, batch = divmod(step, self.per_epoch)
+        first = batch * self.batch_size + self.rank * self.share
+        return Share(epoch, order(self.images, self.seed, epoch)[first : first + self.share])
+
+
+def contiguous(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
+    """A rank's share of a whole set in order, in parts of `size`: no image twice, none left out, no padding."""
+    mine = torch.arange(rank * images // world, (rank + 1) * images // world)
+    return (Share(0, part) for part in mine.split(size) if len(part))

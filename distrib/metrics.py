@@ -1,0 +1,31 @@
+"""Metrics are sums: add them over batches and ranks, and take the mean once, last."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FIELDS = 4  # loss, hits at 1, hits at 5, images
+
+
+def zeros(device: torch.device) -> Tensor:
+    """The sums over no images, (FIELDS,)."""
+    # Counts are exact in float64 up to 2^53; Apple's GPUs have only float32, which is exact up to 2^24.
+    return torch.zeros(FIELDS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+@torch.no_grad()
+def totals(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sums over a batch, (FIELDS,), from logits (n, classes) and labels (n,); they stay on the device.
+
+    The loss is the plain cross-entropy in nats, whatever loss is trained on, so that training and validation compare.
+    """
+    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    images = torch.full_like(loss, len(labels))
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), images]).to(zeros(logits.device).dtype)
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """`loss` in nats, `top1` and `top5` in percent. This waits for the device."""
+    loss, top1, top5, images = sums.tolist()
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -1,0 +1,148 @@
+"""Networks by name: ours, then torchvision's, brought to the channels, classes and size of the data."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+
+from distrib.config import ModelConfig, UserError
+
+SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+def build_model(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
+    """A network from images (n, *shape) to logits (n, classes). Raises UserError if the name, size or weights do not fit.
+
+    The initial weights are drawn from torch's global generator: seed it first.
+    """
+    if config.name == "cnn":
+        model: nn.Module = CNN(shape[0], classes, config.width, config.dropout)
+    else:
+        model = adapted(_of_torchvision(config.name, classes), shape)
+    if config.weights:
+        load_pretrained(model, config)
+    if config.norm == "group":
+        model = with_group_norm(model)
+    _try_out(model, config.name, shape, classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+class CNN(nn.Module):
+    """A small residual network for images of 8 to 64 pixels: a stem, then three blocks that each halve the picture.
+
+    The stem is the only layer at full size, which keeps the cost at 33 million multiplications for 28x28 pixels.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0):
+        super().__init__()
+        self.stem = unit(channels, width)
+        self.blocks = nn.Sequential(Block(width, width), Block(width, 2 * width), Block(2 * width, 4 * width))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.blocks(self.stem(images))
+        logits: Tensor = self.head(self.dropout(features.amax(dim=(2, 3))))
+        return logits
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+        self.first, self.second = unit(channels, width), unit(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.pool(x))
+        out: Tensor = x + self.second(x)
+        return out
+
+
+def unit(channels: int, width: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+
+def _of_torchvision(name: str, classes: int) -> nn.Module:
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"there is no model {name!r}: use cnn, or one of torchvision's: {', '.join(known)}")
+    # These two have extra outputs while they train, which no other network has.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
+    return model
+
+
+def adapted(model: nn.Module, shape: Shape) -> nn.Module:
+    """A torchvision network for images of `shape`: its first convolution takes their channels, a ResNet's keeps their size."""
+    channels, height, _ = shape
+    name, first = next((name, each) for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
+    if isinstance(model, models.ResNet) and height <= SMALL:  # He et al., 2016, section 4.2: the stem for CIFAR
+        model.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()  # type: ignore[assignment]
+    elif channels != first.in_channels:
+        model.set_submodule(name, _with_channels(first, channels))
+    return model
+
+
+def _with_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+    names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    options: dict[str, Any] = {name: getattr(convolution, name) for name in names}
+    return nn.Conv2d(channels, bias=convolution.bias is not None, **options)
+
+
+def with_group_norm(model: nn.Module) -> nn.Module:
+    """Every BatchNorm2d becomes a GroupNorm (Wu and He, 2018) of 16 channels a group, or as many as divide."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            channels = module.num_features
+            groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
+            model.set_submodule(name, nn.GroupNorm(groups, channels))
+    return model
+
+
+def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
+    """Load `config.weights` into `model`: all but the first layer if the channels differ, and the last if the classes do."""
+    weights, own = _read_weights(config), model.state_dict()
+    layers = [name for name, each in model.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
+    ends = [f"{layers[end]}.{part}" for end in (0, -1) for part in ("weight", "bias")]
+    unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    wrong = [name for name in unfit if name not in ends]
+    if wrong:
+        raise UserError(f"model.weights {config.weights} do not fit {config.name}: {len(wrong)} tensors, such as {wrong[0]}")
+    model.load_state_dict({name: weights[name] for name in own if name not in unfit}, strict=False)
+
+
+def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
+    path = Path(config.weights)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".pth", ".pt"):
+            tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            return tensors
+        named: Any = models.get_model_weights(config.name)
+        return dict(named[config.weights].get_state_dict(progress=False, check_hash=True))
+    except KeyError:
+        raise UserError(f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}") from None
+    except Exception as error:  # a file can be damaged, and a download can fail, in as many ways as their libraries have
+        why = " ".join(str(error).split())
+        raise UserError(f"model.weights {config.weights} cannot be read: {why}") from None
+
+
+def _try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
+    training = model.training
+    try:
+        with torch.no_grad():
+            out = model.eval()(torch.zeros(1, *shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"model {name} does not take images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}") from None
+    finally:
+        model.train(training)
+    assert out.shape == (1, classes), (out.shape, classes)

@@ -1,0 +1,57 @@
+"""Optimizers, and the learning rate as a function of the step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from distrib.config import Config, OptimConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: up linearly to `peak` in `warmup` steps, then down to 0 at step `total`."""
+
+    peak: float
+    warmup: int
+    total: int
+    shape: Literal["cosine", "linear"] = "cosine"
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.peak * ((1 + math.cos(math.pi * done)) / 2 if self.shape == "cosine" else 1 - done)
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The one place where epochs become steps."""
+    total = max(1, round(config.epochs * steps_per_epoch))
+    warmup = min(total - 1, round(config.optim.warmup_epochs * steps_per_epoch))
+    return Schedule(config.optim.lr, warmup, total, config.optim.schedule)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> Optimizer:
+    """Biases, and the weights and biases of norms, do not decay: all that have fewer than 2 dimensions."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if config.name == "adamw":
+        return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
+    return SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
+
+
+def build_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """A moving average of weights and of batch statistics, which starts as a copy of them; None if decay is 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

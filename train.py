@@ -1,0 +1,67 @@
+"""Train an image classifier:  accelerate launch train.py [CONFIG.yaml] [key=value ...]"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from distrib import ranks
+from distrib.checkpoint import restore
+from distrib.config import Config, UserError, help_text, load_config, settle, to_yaml
+from distrib.data.loaders import Loader
+from distrib.data.sources import load_source
+from distrib.data.steps import Steps
+from distrib.log import Log
+from distrib.loop import TrainState, fit
+from distrib.metrics import zeros
+from distrib.models import build_model
+from distrib.optim import build_average, build_optimizer, build_schedule
+
+
+def train(config: Config, accelerator: Accelerator, setup: str = "", *, longer: bool = False) -> TrainState:
+    """Train as `config` says, from the newest checkpoint in its run folder if there is one. Every rank must call this.
+
+    `setup` is a line for the console; `longer` allows more epochs than the folder was begun with. Raises UserError.
+    """
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    source = ranks.first(lambda leads: load_source(config.data, download=leads))
+    steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
+    schedule = build_schedule(config, steps.per_epoch)
+    loader = Loader(source, config, steps, device)
+
+    torch.manual_seed(config.seed)
+    network = ranks.first(lambda leads: build_model(config.model, source.shape, len(source.classes))).to(device)
+    average = build_average(network, config.optim.average_decay)
+    optimizer = build_optimizer(network, config.optim, fused=accelerator.scaler is None)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    state = TrainState(model, network, optimizer, average, zeros(device))
+
+    ranks.first(lambda leads: settle(config, longer=longer) if leads else None)
+    restore(state, Path(config.run_dir))
+    with Log(config, state.step, schedule.total, steps, silent=rank > 0) as log:
+        log.opening(setup, source, network)
+        speed = fit(state, loader, schedule, config, accelerator, log)
+        log.closing(state.step, state.top1, state.best_top1, state.best_step, speed)
+    return state
+
+
+def main(args: Sequence[str]) -> int:
+    try:
+        if "--help" in args:
+            return ranks.say(help_text())
+        config = load_config([arg for arg in args if arg != "--print-config"])
+        if "--print-config" in args:
+            return ranks.say(to_yaml(config))
+        accelerator, setup = ranks.start(config)
+        train(config, accelerator, setup, longer=any(arg.startswith("epochs=") for arg in args))
+        return 0
+    except UserError as error:
+        return ranks.refuse(error)
+    except KeyboardInterrupt:
+        return ranks.refuse("stopped by hand; the same command goes on from the last checkpoint", code=130)
+
+
+if __name__ == "__main__":
+    ranks.leave(main(sys.argv[1:]))
