@@ -30,7 +30,7 @@ def key(default: T, meaning: str, within: str = "", *, free: bool = False) -> T:
     `within` is an interval such as "[0, 1)". A `free` key does not change what is learned, so a run that has begun may go
     on with another value of it.
     """
-    return cast(T, field(default=default, metadata={"meaning": meaning, "within": within, "free": free}))
+    return field(default=default, metadata={"meaning": meaning, "within": within, "free": free})
 
 
 class Checked:
@@ -54,10 +54,10 @@ def lies_within(value: float, interval: str) -> bool:
 class DataConfig(Checked):
     name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
     root: str = key("data", "where data sets are or are downloaded to; for folder, what holds train/ and val/", free=True)
-    workers: int = key(2, "processes per rank that read image files; a set that fits in memory needs none", "[0, inf)", free=True)
+    workers: int = key(2, "processes per rank that read image files; sets in memory need none", "[0, inf)", free=True)
     size: int = key(224, "pixels: height and width that the images of folder are brought to", "[1, inf)")
     crop_area: float = key(0.25, "folder: least part of a training image's area that its random crop shows", "(0, 1]")
-    shift: int = key(0, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")
+    shift: int = key(1, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")
     flip: bool = key(False, "mirror half of the training images, drawn anew each epoch")
     erase: int = key(0, "pixels: side of a square that is blanked in each training image (Cutout)", "[0, inf)")
 
@@ -66,7 +66,7 @@ class DataConfig(Checked):
 class ModelConfig(Checked):
     name: str = key("cnn", "cnn, or a classification model of torchvision: resnet18, resnet50, convnext_tiny, ...")
     norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
-    width: int = key(64, "cnn: channels of its first layer; later ones have 1, 2 and 4 times as many", "[1, inf)")
+    width: int = key(64, "cnn: channels of its first block; the next ones have 2 and 4 times as many", "[1, inf)")
     dropout: float = key(0.0, "cnn: part of the features that is dropped before the last layer", "[0, 1)")
     weights: str = key("", "pretrained weights: a name of torchvision's (DEFAULT), or a .safetensors or .pth file")
 
@@ -76,10 +76,10 @@ class OptimConfig(Checked):
     name: Literal["sgd", "adamw"] = key("sgd", "sgd, with Nesterov's momentum, or adamw")
     lr: float = key(0.1, "learning rate at its peak, for the whole batch_size: ranks do not scale it", "(0, inf)")
     momentum: float = key(0.9, "momentum of sgd, first beta of adamw", "[0, 1)")
-    weight_decay: float = key(5e-4, "pull of weights towards 0, times the learning rate; biases and norms have none", "[0, inf)")
+    weight_decay: float = key(5e-4, "pull of weights towards 0, per learning rate; none on biases and norms", "[0, inf)")
     warmup_epochs: float = key(1.0, "epochs in which the learning rate rises to its peak", "[0, inf)")
     schedule: Literal["cosine", "linear"] = key("cosine", "how the learning rate falls from its peak to 0 at the end")
-    label_smoothing: float = key(0.0, "part of a label's weight that is spread over all classes", "[0, 1)")
+    label_smoothing: float = key(0.1, "part of a label's weight that is spread over all classes", "[0, 1)")
     clip_norm: float = key(0.0, "a longer gradient (2-norm, over all weights) is cut to this; 0: no limit", "[0, inf)")
     average_decay: float = key(0.0, "per step: decay of a moving average of the weights, evaluated too; 0: none", "[0, 1)")
 
@@ -95,8 +95,8 @@ class Config(Checked):
     log_every: int = key(50, "steps between two reports", "[1, inf)", free=True)
     eval_every: int = key(0, "steps between two evaluations; 0: an epoch", "[0, inf)", free=True)
     save_every: int = key(0, "steps between two checkpoints; 0: an epoch", "[0, inf)", free=True)
-    keep: int = key(2, "checkpoints that are kept, the newest; at least 2, since the last one may be damaged", "[2, inf)", free=True)
-    threads: int = key(0, "CPU threads of a rank; 0: this process's cores, shared by the ranks of a machine", "[0, inf)", free=True)
+    keep: int = key(2, "checkpoints that are kept, the newest; one may turn out to be damaged", "[2, inf)", free=True)
+    threads: int = key(0, "CPU threads of a rank; 0: all cores, divided among this machine's ranks", "[0, inf)", free=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -155,7 +155,7 @@ def _merged(config: DictConfig, keys: DictConfig, where: str) -> DictConfig:
 def _hint(unknown: str) -> str:
     names = [name for name, *_ in _keys(Config())]
     same_leaf = [name for name in names if name.rpartition(".")[2] == unknown.rpartition(".")[2]]
-    near = same_leaf or get_close_matches(unknown, names)
+    near = same_leaf or get_close_matches(unknown, names, n=1)
     return f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
 
 

@@ -19,7 +19,7 @@ class Log:
     that is `silent` takes the same calls and does nothing.
     """
 
-    def __init__(self, config: Config, first: int, total: int, steps: Steps, *, silent: bool):
+    def __init__(self, config: Config, first: int, total: int, steps: Steps, *, silent: bool) -> None:
         self.config, self.first, self.total, self.steps, self.silent = config, first, total, steps, silent
         self.writer = None if silent else SummaryWriter(config.run_dir, purge_step=first + 1)
         # disable=None is tqdm's word for "only on a terminal": elsewhere there are lines instead.
@@ -40,7 +40,9 @@ class Log:
         images = f"{len(source.train):,} images to train on and {len(source.val):,} to validate, {shape}"
         idle = self.steps.images % self.steps.batch_size
         self._say(setup)
-        self._say(f"{self.config.data.name}: {images}, {len(source.classes)} classes; {self.config.model.name}: {weights:,} weights")
+        self._say(
+            f"{self.config.data.name}: {images}, {len(source.classes)} classes; {self.config.model.name}: {weights:,} weights"
+        )
         self._say(
             f"{self.config.run_dir}: {self.total:,} steps of {self.steps.batch_size} images, {self.steps.per_epoch:,} an epoch"
             + (f" ({idle} images sit out, others each time)" if idle else "")
@@ -72,11 +74,11 @@ class Log:
 
     def closing(self, step: int, top1: float, best_top1: float, best_step: int, steps_per_second: float) -> None:
         """The line that is left when all is done."""
-        speed = f" at {steps_per_second * self.steps.batch_size:,.0f} a second" if steps_per_second else ""
-        self._say(
-            f"done: top1 {top1:.2f} %, best {best_top1:.2f} % at step {best_step:,}; {step * self.steps.batch_size:,} images seen{speed}; "
-            f"tensorboard --logdir {Path(self.config.run_dir).parent}"
-        )
+        seen = f"{step * self.steps.batch_size:,} images seen"
+        if steps_per_second:
+            seen += f" at {steps_per_second * self.steps.batch_size:,.0f} a second"
+        best = f"best {best_top1:.2f} % at step {best_step:,}"
+        self._say(f"done: top1 {top1:.2f} %, {best}; {seen}; tensorboard --logdir {Path(self.config.run_dir).parent}")
 
     def flush(self) -> None:
         """Bring all that was logged to the disk: before a checkpoint says that it is done."""

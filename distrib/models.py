@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
@@ -35,37 +36,43 @@ def build_model(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
 class CNN(nn.Module):
     """A small residual network for images of 8 to 64 pixels: a stem, then three blocks that each halve the picture.
 
-    The stem is the only layer at full size, which keeps the cost at 33 million multiplications for 28x28 pixels.
+    Only the stem is at full size, and it is narrow, which keeps 28x28 pixels at 30 million multiplications.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0):
+    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
         super().__init__()
-        self.stem = unit(channels, width)
-        self.blocks = nn.Sequential(Block(width, width), Block(width, 2 * width), Block(2 * width, 4 * width))
+        stem = -(-width // 2)
+        self.stem = unit(channels, stem)
+        self.blocks = nn.Sequential(Block(stem, width), Block(width, 2 * width), Block(2 * width, 4 * width))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.blocks(self.stem(images))
-        logits: Tensor = self.head(self.dropout(features.amax(dim=(2, 3))))
+        logits: Tensor = self.head(self.dropout(features.mean(dim=(2, 3))))
         return logits
 
 
 class Block(nn.Module):
-    def __init__(self, channels: int, width: int):
+    """Halves the picture, then adds to it; what it adds is nothing at first (Goyal et al., 2017, section 5.1)."""
+
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.pool = nn.MaxPool2d(2)
-        self.first, self.second = unit(channels, width), unit(width, width)
+        self.halve = nn.Sequential(nn.MaxPool2d(2), unit(channels, width))
+        self.convolution, self.norm = convolution(width, width), nn.BatchNorm2d(width)
+        nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.pool(x))
-        out: Tensor = x + self.second(x)
-        return out
+        x = self.halve(x)
+        return F.relu(x + self.norm(self.convolution(x)))
 
 
 def unit(channels: int, width: int) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    return nn.Sequential(convolution(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+
+def convolution(channels: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False)
 
 
 def _of_torchvision(name: str, classes: int) -> nn.Module:
@@ -85,7 +92,7 @@ def adapted(model: nn.Module, shape: Shape) -> nn.Module:
     if isinstance(model, models.ResNet) and height <= SMALL:  # He et al., 2016, section 4.2: the stem for CIFAR
         model.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()  # type: ignore[assignment]
+        model.maxpool = nn.Identity()
     elif channels != first.in_channels:
         model.set_submodule(name, _with_channels(first, channels))
     return model
@@ -103,7 +110,9 @@ def with_group_norm(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             channels = module.num_features
             groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
-            model.set_submodule(name, nn.GroupNorm(groups, channels))
+            norm = nn.GroupNorm(groups, channels)
+            norm.load_state_dict({"weight": module.weight, "bias": module.bias})
+            model.set_submodule(name, norm)
     return model
 
 
@@ -130,7 +139,9 @@ def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
         named: Any = models.get_model_weights(config.name)
         return dict(named[config.weights].get_state_dict(progress=False, check_hash=True))
     except KeyError:
-        raise UserError(f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}") from None
+        raise UserError(
+            f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}"
+        ) from None
     except Exception as error:  # a file can be damaged, and a download can fail, in as many ways as their libraries have
         why = " ".join(str(error).split())
         raise UserError(f"model.weights {config.weights} cannot be read: {why}") from None
@@ -142,7 +153,9 @@ def _try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, *shape))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"model {name} does not take images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model {name} does not take images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}"
+        ) from None
     finally:
         model.train(training)
     assert out.shape == (1, classes), (out.shape, classes)

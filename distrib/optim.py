@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,7 +48,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel | None:
     """A moving average of weights and of batch statistics, which starts as a copy of them; None if decay is 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -65,7 +65,9 @@ def _error(device: torch.device, kernel: int, stride: int, padding: int) -> floa
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 16, 9, 9, generator=generator).to(device, memory_format=torch.channels_last)
     weight = torch.randn(32, 16, kernel, kernel, generator=generator).to(device)
-    exact, rounded = ([*_convolve(images.to(dtype), weight.to(dtype), stride, padding)] for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        [*_convolve(images.to(dtype), weight.to(dtype), stride, padding)] for dtype in (torch.float32, torch.bfloat16)
+    )
     return max(((a - b.float()).abs().max() / a.abs().max()).item() for a, b in zip(exact, rounded, strict=True))
 
 

@@ -20,7 +20,7 @@ PATIENCE = 5.0  # seconds that rank 0 has to tell of a mistake, before another r
 
 
 def start(config: Config) -> tuple[Accelerator, str]:
-    """Join the other ranks, with threads, device and precision as `config` says; and say in a line what came of it.
+    """Join the other ranks, with threads, device and precision as `config` says; and tell in a line what came of it.
 
     Every rank must call this. Raises UserError if the launch would become several runs that know nothing of each other.
     """
@@ -28,25 +28,23 @@ def start(config: Config) -> tuple[Accelerator, str]:
     threads = config.threads or max(1, cores() // local_ranks)
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which would leave most of a machine idle
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if gpus and local_ranks > gpus:
-        raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: start {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    refuse_lone_processes()
+    if 0 < gpus < local_ranks:
+        way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
+        raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: {way_out}")
 
-    state = PartialState(cpu=not gpus)
-    if state.num_processes != launched_ranks():
-        raise UserError(
-            f"{launched_ranks()} processes were started, but this one is in a group of {state.num_processes}: each would train alone. "
-            "Start them with accelerate launch or torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-        )
+    state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
+    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), state.num_processes
     choices = gather_object([choose_precision(config.precision, state.device)])
     precision, why = next((choice for choice in choices if choice[0] == "no"), choices[0])
     accelerator = Accelerator(
         cpu=not gpus,
         mixed_precision=precision,
-        # Statistics of batches are made equal before they are used, not in each forward pass: a collective that waits.
+        # The batch statistics are made equal when they are used. In each forward pass that would be a collective that waits.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else f"{state.device.type}, threads {threads}"
-    return accelerator, f"ranks {state.num_processes}, device {device}, precision {precision} ({why})"
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
+    return accelerator, f"ranks {state.num_processes}, device {device}, threads {threads}, precision {precision} ({why})"
 
 
 def cores() -> int:
@@ -54,15 +52,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def refuse_lone_processes() -> None:
+    """Raise UserError if a launcher started several processes without telling them how to find each other."""
+    started = from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if started > 1 and missing:
+        raise UserError(
+            f"{started} processes were started, but without {', '.join(missing)} in the environment each would train alone: "
+            "start them with accelerate launch or torchrun, or export these"
+        )
+
+
+def from_environment(*names: str, default: int) -> int:
+    """The first of these variables that is set."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+
+
 def launched_rank() -> int:
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
-
-
-def launched_ranks() -> int:
-    """How many processes the launcher started, by what it left in the environment."""
-    names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 1)
+    """This process's rank, also before it has joined the others."""
+    return from_environment("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
 
 
 def first(action: Callable[[bool], T]) -> T:

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 class Resident:
     """A set that is on the device as a whole."""
 
-    def __init__(self, arrays: Arrays, device: torch.device):
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
         self.images, self.labels = arrays.images.to(device), arrays.labels.to(device)
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
@@ -38,7 +38,7 @@ class Resident:
 class Streamed:
     """A set of files, which worker processes read ahead."""
 
-    def __init__(self, reader: Reader, device: torch.device, workers: int):
+    def __init__(self, reader: Reader, device: torch.device, workers: int) -> None:
         self.reader, self.device, self.workers = reader, device, workers
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
@@ -54,9 +54,12 @@ class Streamed:
 class Loader:
     """Batches for training by step, and for validation in order. Every rank has its own, which gives its shares only."""
 
-    def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device):
+    def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         self.augment = Augment(config.data, config.seed)
+        if config.micro_batches > steps.share:
+            few = f"micro_batches {config.micro_batches} is more than the {steps.share} images of a rank's share of a batch"
+            raise UserError(f"{few}: use {steps.share} or fewer")
         self.part = -(-steps.share // config.micro_batches)  # images that are known to fit in memory at once
         workers = config.data.workers
         self.sets = [

@@ -106,7 +106,9 @@ def _read_debian(part: Literal["train", "t10k"]) -> Arrays:
         images = gzip.decompress((DEBIAN_FASHION_MNIST / f"{part}-images-idx3-ubyte.gz").read_bytes())[16:]
         labels = gzip.decompress((DEBIAN_FASHION_MNIST / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
     except (OSError, EOFError) as error:
-        raise UserError(f"{DEBIAN_FASHION_MNIST} is damaged ({error}): apt-get install --reinstall dataset-fashion-mnist") from None
+        raise UserError(
+            f"{DEBIAN_FASHION_MNIST} is damaged ({error}): apt-get install --reinstall dataset-fashion-mnist"
+        ) from None
     pixels = torch.frombuffer(bytearray(images), dtype=torch.uint8).view(-1, 1, 28, 28)
     return Arrays(pixels, torch.frombuffer(bytearray(labels), dtype=torch.uint8).long())
 

@@ -89,11 +89,15 @@ class Steps:
         if self.images < self.world:
             raise UserError(f"{self.world} ranks are more than the {self.images} training images: use {self.images} or fewer")
         if self.images < self.batch_size:
-            raise UserError(f"batch_size {self.batch_size} is more than the {self.images} training images: use {self.images} or less")
+            raise UserError(
+                f"batch_size {self.batch_size} is more than the {self.images} training images: use {self.images} or less"
+            )
         spare = self.batch_size % self.world
         if spare:
             fits = [size for size in (self.batch_size - spare, self.batch_size - spare + self.world) if size]
-            raise UserError(f"batch_size {self.batch_size} does not divide among {self.world} ranks: use {' or '.join(map(str, fits))}")
+            raise UserError(
+                f"batch_size {self.batch_size} does not divide among {self.world} ranks: use {' or '.join(map(str, fits))}"
+            )
 
     @property
     def per_epoch(self) -> int:
@@ -113,4 +117,4 @@ class Steps:
 def contiguous(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
     """A rank's share of a whole set in order, in parts of `size`: no image twice, none left out, no padding."""
     mine = torch.arange(rank * images // world, (rank + 1) * images // world)
-    return (Share(0, part) for part in mine.split(size) if len(part))
+    return (Share(0, mine[first : first + size]) for first in range(0, len(mine), size))

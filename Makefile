@@ -1,0 +1,31 @@
+# make train [ARGS="CONFIG.yaml key=value ..."]   make test [ARGS="-k name"]   make lint
+# Each sets up what it needs in .venv, once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
+
+test: .venv/ready-for-tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-for-tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh .ci/run
+
+clean:
+	rm -rf .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/ready-for-tests: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

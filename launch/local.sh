@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on all devices of this machine:  launch/local.sh [CONFIG.yaml] [key=value ...]
+# One rank per GPU; without a GPU, two ranks on the CPU. RANKS=N asks for another number.
+set -euo pipefail
+
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+
+# --multi_gpu is what makes accelerate start several processes, on a CPU too; it does not take it for one.
+several=()
+if ((ranks > 1)); then several=(--multi_gpu); fi
+exec accelerate launch ${several[@]+"${several[@]}"} --num_processes "$ranks" --num_machines 1 --main_process_port 0 \
+    --mixed_precision no --dynamo_backend no "$(dirname "$0")/../train.py" "$@"

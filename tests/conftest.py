@@ -1,0 +1,56 @@
+"""What the tests share: small data sets, runs in this process, and runs in several."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_every=5"]  # a run of a second or two
+
+
+def requires(held: bool, install: str) -> None:
+    """Skip where a part of the system is missing, telling how to install it; in CI that is a failure."""
+    if not held:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs: {install}")
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """Accelerate keeps its state in the process: each test starts without, on one thread, which gives the same bits always."""
+    environment = dict(os.environ)
+    torch.set_num_threads(1)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """`world` ranks of a program under torchrun, or one of plain python."""
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def points(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every point of every curve of a run, (step, value), as TensorBoard itself reads them."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's newest checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(max(run_dir.glob("checkpoints/step_*")) / "state.safetensors")

@@ -1,0 +1,75 @@
+"""Noise on batches: exact against a plain loop over images, and a function of (seed, epoch, image)."""
+
+import torch
+from torch import Tensor
+
+from distrib.config import DataConfig
+from distrib.data.augment import Augment, erased, moved, normalized
+from distrib.data.steps import Share
+
+IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+ALL = DataConfig(shift=2, flip=True, erase=3)
+
+
+def test_moving_and_mirroring_is_what_it_says_pixel_by_pixel() -> None:
+    down, right, mirror = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)).unbind()
+    got = moved(IMAGES, down, right, mirror, shift=2)
+    for image, out, dy, dx, flip in zip(IMAGES, got, (down * 5).long(), (right * 5).long(), mirror < 0.5, strict=True):
+        expected = torch.zeros_like(image)
+        for row in range(9):
+            for column in range(7):
+                y, x = row + int(dy) - 2, (6 - column if flip else column) + int(dx) - 2
+                if 0 <= y < 9 and 0 <= x < 7:
+                    expected[:, row, column] = image[:, y, x]
+        assert torch.equal(out, expected)
+
+
+def test_an_erased_square_is_black_and_the_rest_is_untouched() -> None:
+    row, column = torch.rand(2, 200, generator=torch.Generator().manual_seed(1)).unbind()
+    got = erased(IMAGES, row, column, side=3)
+    for image, out, y, x in zip(IMAGES, got, (row * 9).long() - 1, (column * 7).long() - 1, strict=True):
+        expected = image.clone()
+        expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = 0
+        assert torch.equal(out, expected)
+
+
+def test_every_shift_occurs_and_half_of_the_images_are_mirrored() -> None:
+    dot = torch.zeros(9000, 1, 5, 5, dtype=torch.uint8)
+    dot[:, :, 2, 2] = 1
+    out = Augment(DataConfig(shift=1), seed=0)(dot, Share(0, torch.arange(9000)))
+    counts = out.sum(0).view(25)
+    assert counts.view(5, 5)[1:4, 1:4].min() > 900  # of 1000 each
+    assert counts.sum() == 9000
+    left = torch.zeros(9000, 1, 1, 2, dtype=torch.uint8)
+    left[..., 0] = 1
+    mirrored = Augment(DataConfig(shift=0, flip=True), seed=0)(left, Share(0, torch.arange(9000)))[..., 1].sum()
+    assert 4300 < mirrored < 4700
+
+
+def test_noise_follows_the_image_whatever_batch_it_is_in() -> None:
+    augment = Augment(ALL, seed=5)
+    whole = augment(IMAGES, Share(3, torch.arange(200)))
+    places = torch.randperm(200)[:50]
+    assert torch.equal(augment(IMAGES[places], Share(3, places)), whole[places])
+
+
+def test_each_epoch_and_seed_has_its_own_noise() -> None:
+    def batch(seed: int, epoch: int) -> Tensor:
+        return Augment(ALL, seed)(IMAGES, Share(epoch, torch.arange(200)))
+
+    assert not torch.equal(batch(0, 0), batch(0, 1))
+    assert not torch.equal(batch(0, 0), batch(1, 0))
+    assert torch.equal(batch(1, 1), batch(1, 1))
+
+
+def test_without_noise_nothing_changes() -> None:
+    assert Augment(DataConfig(shift=0), seed=0)(IMAGES, Share(0, torch.arange(200))) is IMAGES
+
+
+def test_normalized_images_have_mean_0_and_variance_1_and_lie_channels_last() -> None:
+    pixels = IMAGES.double() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+    out = normalized(IMAGES, mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)

@@ -1,0 +1,110 @@
+"""Image files: what is read, what is refused, and the crop of each."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from distrib.config import UserError
+from distrib.data.files import Files, Reader, middle, random_box
+from distrib.data.loaders import Streamed
+from distrib.data.steps import Share
+
+CPU = torch.device("cpu")
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+def picture(path: Path, mode: str = "RGB", **options: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(PIXELS)
+    (image.convert("L").convert(mode) if mode.startswith("I") else image.convert(mode)).save(path, **options)
+    return str(path)
+
+
+def reader(paths: list[str], crop_area: float | None = None, size: int = 32) -> Reader:
+    return Reader(Files(paths, torch.arange(len(paths)), size), seed=3, crop_area=crop_area)
+
+
+KINDS = {
+    "a.jpg": "RGB",
+    "grey.jpg": "L",
+    "cmyk.jpg": "CMYK",
+    "a.png": "RGBA",
+    "palette.png": "P",
+    "deep.png": "I;16",
+    "a.gif": "P",
+    "a.webp": "RGB",
+    "bits.bmp": "1",
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), KINDS.items())
+def test_every_kind_of_picture_becomes_a_square_of_three_channels(tmp_path: Path, name: str, mode: str) -> None:
+    share = Share(0, torch.tensor([0]))
+    _, images, labels = reader([picture(tmp_path / name, mode)])[share]
+    assert (images.shape, images.dtype, labels.tolist()) == ((1, 3, 32, 32), torch.uint8, [0])
+
+
+def damaged(tmp_path: Path) -> dict[str, str]:
+    whole = Path(picture(tmp_path / "whole.jpg")).read_bytes()
+    files = {
+        "truncated.jpg": whole[: len(whole) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"not an image",
+        "header.png": b"\x89PNG\r\n\x1a\n" + bytes(40),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.jpg").mkdir()
+    return {name: str(tmp_path / name) for name in (*files, "folder.jpg", "gone.jpg")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
+    good = picture(tmp_path / "good.jpg")
+    for path in damaged(tmp_path).values():
+        with pytest.raises(UserError) as told:
+            list(Streamed(reader([good, path]), CPU, workers).read([Share(0, torch.tensor([0, 1]))]))
+        assert str(told.value).startswith(f"{path} cannot be read as an image: ")
+        assert "\n" not in str(told.value)
+
+
+four = st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4)
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), least=st.floats(0.01, 1), drawn=four)
+def test_a_random_crop_lies_within_the_picture(width: int, height: int, least: float, drawn: list[float]) -> None:
+    left, top, right, bottom = random_box(width, height, least, drawn)
+    assert -1e-9 <= left < right <= width + 1e-6
+    assert -1e-9 <= top < bottom <= height + 1e-6
+    if 3 / 4 <= width / height <= 4 / 3 and least + (1 - least) * drawn[0] <= 9 / 16:  # a picture that has room for it
+        assert (right - left) * (bottom - top) == pytest.approx(width * height * (least + (1 - least) * drawn[0]))
+
+
+def test_the_middle_is_centred_and_square() -> None:
+    assert middle(800, 400) == (225, 25, 575, 375)
+
+
+def test_a_crop_follows_the_image_the_epoch_and_the_seed_and_not_the_batch(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{i}.png") for i in range(6)]
+    read = reader(paths, crop_area=0.3)
+    whole = read[Share(2, torch.arange(6))][1]
+    assert torch.equal(read[Share(2, torch.tensor([4, 1]))][1], whole[[4, 1]])
+    assert len({tuple(each.flatten().tolist()) for each in whole}) == 6  # the same picture, cropped six ways
+    assert not torch.equal(read[Share(3, torch.arange(6))][1], whole)
+    assert torch.equal(reader(paths)[Share(2, torch.arange(6))][1][0], reader(paths)[Share(3, torch.tensor([5]))][1][0])
+
+
+def test_workers_read_what_one_process_would(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{i}.jpg") for i in range(9)]
+    shares = [Share(epoch, torch.randperm(9)[:4]) for epoch in range(5)]
+    alone, helped = (list(Streamed(reader(paths, 0.3), CPU, workers).read(iter(shares))) for workers in (0, 2))
+    for (a, images_a, labels_a), (b, images_b, labels_b) in zip(alone, helped, strict=True):
+        assert a.epoch == b.epoch
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(images_a, images_b)
+        assert torch.equal(labels_a, labels_b)

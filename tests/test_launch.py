@@ -1,0 +1,208 @@
+"""Real processes, as a user starts them: plain python, torchrun, accelerate launch, launch/local.sh; and what is refused."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, launch, points, weights
+from PIL import Image
+
+import train
+
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+]
+
+
+def pictures(root: Path, train: int = 40, val: int = 6) -> Path:
+    """A folder of JPEG files in two classes."""
+    for part, images in (("train", train), ("val", val)):
+        for i in range(images):
+            path = root / part / "ab"[i % 2] / f"{i:03d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (50 + i, 40), (200 * (i % 2), 10, i)).save(path)
+    return root
+
+
+def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command line that is refused gets to hear, in this process."""
+    assert train.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("train.py: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["optim.lrr=1"], "no key optim.lrr: did you mean optim.lr?"),
+        (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        (["epochs=-1"], "epochs is -1.0, not in (0, inf)"),
+        (["nowhere.yaml"], "no config file nowhere.yaml"),
+        (["data.name=digit"], "no data set 'digit': use one of digits, mnist"),
+        (["data.name=folder", "data.root=/nowhere"], "data.root is '/nowhere', which lacks train/CLASS/image files"),
+        (["model.name=resnet19"], "no model 'resnet19': use cnn"),
+        (["model.weights=/nowhere.pth"], "model.weights /nowhere.pth cannot be read"),
+        (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),
+        (["micro_batches=129"], "micro_batches 129 is more than the 128 images of a rank's share of a batch: use 128 or fewer"),
+        (["precision=fp16"], "precision=fp16 needs a GPU"),
+        (["run_dir=/dev/null/run"], "run_dir /dev/null/run cannot be written: Not a directory"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in told(args, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_config_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [*SMALL, f"run_dir={tmp_path}"]
+    assert train.main(keys) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert "was begun with another seed (0 there, 1 now): give another run_dir" in told([*keys, "seed=1"], capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_would_each_train_alone_are_refused(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "4")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    words = told([], capsys)
+    assert "4 processes were started, but without RANK, " in words
+    assert "LOCAL_RANK, MASTER_PORT in the environment each would train alone: start them with accelerate launch" in words
+
+
+def test_help_and_print_config_are_told_and_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--help"]) == 0
+    assert "optim.label_smoothing" in capsys.readouterr().out
+    assert train.main(["--print-config", "epochs=3"]) == 0
+    assert "\nepochs: 3.0\n" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--help"]) == 0
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def start(launcher: list[str], *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [*launcher, *args]
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+LAUNCHERS = {
+    "python": [sys.executable, "train.py"],
+    "accelerate": [*ACCELERATE, "--num_processes=1", "train.py"],
+    "accelerate 2": [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", "train.py"],
+    "torchrun 2": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"],
+    "local.sh": ["launch/local.sh"],
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """The same config, started in every way: its run folder, and what was said."""
+    runs = {}
+    for name, launcher in LAUNCHERS.items():
+        run_dir = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        done = start(launcher, *SMALL, f"run_dir={run_dir}", "model.norm=group", "optim.lr=0.02")
+        assert done.returncode == 0, done.stderr
+        runs[name] = run_dir, done.stdout
+    return runs
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[Path, str]], launcher: str) -> None:
+    run_dir, out = launched[launcher]
+    ranks = 2 if launcher in ("accelerate 2", "torchrun 2", "local.sh") else 1
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    assert out.count(f"ranks {ranks}, device cpu, threads {threads}, precision no (as asked)") == 1
+    alone = weights(launched["python"][0])
+    for name, tensor in weights(run_dir).items():
+        torch.testing.assert_close(tensor, alone[name], atol=1e-4 if name == "sums" else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, tuple[Path, str]], launcher: str) -> None:
+    run_dir, out = launched[launcher]
+    top1 = points(run_dir)["val/top1"][-1][1]
+    assert re.search(
+        r"^epoch 0\.22  step 5/46  train: loss \d\.\d{4}  top1 \d+\.\d\d %  [\d,]+ images/s  \d\d:\d\d left$", out, re.M
+    )
+    assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %$", out, re.M)
+    assert re.search(
+        rf"^done: top1 {top1:.2f} %, best \d+\.\d\d % at step \d+; 2,760 images seen at [\d,]+ a second; ", out, re.M
+    )
+    assert out.rstrip().endswith(f"; tensorboard --logdir {run_dir.parent}")
+
+
+def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
+    """script(1) gives the program a terminal."""
+    command = " ".join(["stty cols 160 rows 40;", sys.executable, "train.py", *SMALL, f"run_dir={tmp_path}"])
+    done = start(["script", "--quiet", "--return", "--command", command, "/dev/null"])
+    assert done.returncode == 0, done.stdout
+    assert "100%|" in done.stdout
+    assert re.search(r"epoch 2\.00  step 46/46.*46/46 \[\d\d:\d\d<\d\d:\d\d.*loss \d", done.stdout)
+    assert re.search(r"^\r?.*done: top1 ", done.stdout, re.M)
+
+
+def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path) -> None:
+    done = launch(2, "train.py", "batch_size=61", f"run_dir={tmp_path / 'run'}", timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: batch_size 61 does not divide among 2 ranks: use 60 or 62\n") == 1
+    assert "Traceback" not in done.stderr.split("train.py: ")[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "folder", train=2, val=2)
+    keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=3", f"run_dir={tmp_path / 'run'}"]
+    done = launch(3, "train.py", *keys, timeout=60)
+    assert "train.py: 3 ranks are more than the 2 training images: use 2 or fewer\n" in done.stderr
+
+
+def test_a_file_that_is_no_image_ends_a_run_on_all_ranks_and_is_named(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "folder")
+    broken = folder / "train" / "b" / "033.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    keys = [
+        "data.name=folder",
+        f"data.root={folder}",
+        "data.size=16",
+        "batch_size=4",
+        "model.width=8",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    done = launch(2, "train.py", *keys, "data.workers=1", timeout=60)
+    assert done.returncode != 0
+    assert len(re.findall(rf"^train.py: (rank 1: )?{broken} cannot be read as an image: ", done.stderr, re.M)) == 1
+
+
+def test_the_config_of_imagenet_trains_on_a_folder_of_the_true_format(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "folder", train=8, val=3)
+    keys = [f"data.root={folder}", "epochs=1", "batch_size=4", "data.size=64", "data.workers=1", f"run_dir={tmp_path / 'run'}"]
+    done = launch(1, "train.py", "configs/imagenet.yaml", *keys)
+    assert done.returncode == 0, done.stderr
+    assert points(tmp_path / "run")["val/top1"][-1][0] == 2

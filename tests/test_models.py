@@ -1,0 +1,117 @@
+"""Networks: their shapes, their norms, their weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from distrib.config import ModelConfig, UserError
+from distrib.models import CNN, build_model
+
+SHAPE = (1, 28, 28)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)])
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_small_images_become_logits(name: str, shape: tuple[int, int, int]) -> None:
+    model = build_model(ModelConfig(name=name, width=8), shape, classes=7)
+    assert model(torch.zeros(2, *shape)).shape == (2, 7)
+
+
+def test_a_resnet_keeps_small_pictures_whole_and_has_its_own_stem_for_large_ones() -> None:
+    small, large = (build_model(ModelConfig(name="resnet18"), (3, size, size), classes=10) for size in (32, 224))
+    assert (small.conv1.stride, large.conv1.stride) == ((1, 1), (2, 2))
+    assert isinstance(small.maxpool, nn.Identity)
+    assert isinstance(large.maxpool, nn.MaxPool2d)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_v3_small", "squeezenet1_1", "efficientnet_b0", "shufflenet_v2_x0_5", "googlenet", "convnext_tiny", "vit_b_32"],
+)
+def test_torchvisions_networks_take_the_channels_and_classes_of_the_data(name: str) -> None:
+    model = build_model(ModelConfig(name=name), (1, 224, 224), classes=7)
+    assert model(torch.zeros(2, 1, 224, 224)).shape == (2, 7)
+    assert model.training
+
+
+def test_every_classification_network_of_torchvision_is_offered() -> None:
+    assert len(models.list_models(module=models)) > 70
+    with pytest.raises(UserError, match=r"no model 'resnet19': use cnn, or one of torchvision's: .*resnet18"):
+        build_model(ModelConfig(name="resnet19"), SHAPE, classes=10)
+
+
+def test_images_that_are_too_small_are_told() -> None:
+    with pytest.raises(UserError, match=r"model alexnet does not take images of 1x28x28: "):
+        build_model(ModelConfig(name="alexnet"), SHAPE, classes=10)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_with_group_norm_an_image_does_not_see_its_batch(name: str) -> None:
+    images = torch.randn(6, *SHAPE)
+    for norm in ("batch", "group"):
+        model = build_model(ModelConfig(name=name, norm=norm, width=8), SHAPE, classes=10)
+        together, alone = model(images)[:2], model(images[:2])
+        assert torch.allclose(together, alone, atol=1e-5) == (norm == "group")
+        assert any(True for _ in model.buffers()) == (norm == "batch")
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_every_weight_of_the_cnn_learns(norm: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(norm=norm, width=8), SHAPE, classes=10)
+    images, labels = torch.randn(32, *SHAPE), torch.randint(10, (32,))
+    for _ in range(2):  # in the first step, what a block adds is nothing, and its convolution waits
+        model.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.no_grad():
+            for each in model.parameters():
+                each -= 0.1 * each.grad
+    assert all(each.grad.abs().max() > 0 for each in model.parameters())
+
+
+def test_dropout_is_of_the_cnns_features() -> None:
+    model = CNN(1, 10, width=8, dropout=0.5)
+    images = torch.randn(4, *SHAPE)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path, suffix: str) -> None:
+    trained = models.resnet18(num_classes=5)
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(trained.state_dict(), path)
+    model = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=7)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert torch.equal(model.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
+    assert model.fc.out_features == 7
+    same = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5)
+    assert torch.equal(same.fc.weight, trained.fc.weight)
+    grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7)
+    assert torch.equal(grey.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+
+
+def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(name: str, weights: str) -> str:
+        with pytest.raises(UserError) as error:
+            build_model(ModelConfig(name=name, weights=weights), (3, 64, 64), classes=10)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert told("resnet18", str(tmp_path / "gone.pth")).startswith(f"model.weights {tmp_path}/gone.pth cannot be read: ")
+    (tmp_path / "torn.safetensors").write_bytes(b"x")
+    assert "cannot be read" in told("resnet18", str(tmp_path / "torn.safetensors"))
+    torch.save({"a": print}, tmp_path / "hostile.pth")
+    assert "cannot be read" in told("resnet18", str(tmp_path / "hostile.pth"))
+    torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
+    assert "other.pth do not fit resnet50: " in told("resnet50", str(tmp_path / "other.pth"))
+    assert "resnet18 has no weights 'IMAGENET1K_V9': use a file, or IMAGENET1K_V1" in told("resnet18", "IMAGENET1K_V9")
+    assert "cannot be read" in told("cnn", "DEFAULT")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "model.weights DEFAULT cannot be read" in told("resnet18", "DEFAULT")
