@@ -104,17 +104,22 @@ class Config(Checked):
 
 def load_config(args: Sequence[str]) -> Config:
     """The config that a command line asks for: `[CONFIG.yaml] [key=value ...]`. Raises UserError."""
-    files = [arg for arg in args if "=" not in arg]
-    if len(files) > 1 or any(arg.startswith("-") for arg in args):
-        odd = next((arg for arg in args if arg.startswith("-")), files[-1])
-        raise UserError(f"what is {odd!r}? Give at most one CONFIG.yaml, then key=value pairs; --help lists the keys")
-    config = OmegaConf.structured(Config(run_dir=f"runs/{Path(files[0]).stem if files else 'digits'}"))
-    for file in files:
-        config = _merged(config, _read(Path(file)), f"{file}: ")
-    for pair in args:
-        if "=" in pair:
-            config = _merged(config, _parse(pair), "")
-    return cast(Config, OmegaConf.to_object(config))
+    pairs = [arg for arg in args if "=" in arg and not arg.startswith("-")]
+    files = [arg for arg in args if arg not in pairs]
+    odd = [arg for arg in args if arg.startswith("-")] or files[1:]
+    if odd:
+        raise UserError(f"what is {odd[0]!r}? Give at most one CONFIG.yaml, then key=value pairs; --help lists the keys")
+    config = read_config(Path(files[0])) if files else Config(run_dir="runs/digits")
+    merged = OmegaConf.structured(config)
+    for pair in pairs:
+        merged = _merged(merged, _parse(pair), "")
+    return cast(Config, OmegaConf.to_object(merged))
+
+
+def read_config(path: Path) -> Config:
+    """The config in a file: what it does not say has its default. Raises UserError."""
+    default = OmegaConf.structured(Config(run_dir=f"runs/{path.stem}"))
+    return cast(Config, OmegaConf.to_object(_merged(default, _read(path), f"{path}: ")))
 
 
 def _read(path: Path) -> DictConfig:
@@ -198,7 +203,7 @@ def settle(config: Config, *, longer: bool = False) -> None:
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
         if saved.exists():
-            _refuse_another_run(config, load_config([str(saved)]), longer)
+            _refuse_another_run(config, read_config(saved), longer)
         partial = saved.with_suffix(f".partial-{os.getpid()}")
         partial.write_text(to_yaml(config))
         partial.replace(saved)

@@ -63,7 +63,7 @@ class Log:
             seconds = (self.total - step) * self.steps.batch_size / values["images_per_second"]
             self._say(f"{self._place(step)}  train: {numbers}  {tqdm.format_interval(round(seconds))} left")
         else:
-            self.bar.set_description_str(self._place(step), refresh=False)
+            self.bar.set_description_str(f"epoch {step / self.steps.per_epoch:.2f}", refresh=False)
             self.bar.set_postfix_str(numbers)
 
     def validation(self, step: int, group: str, values: dict[str, float]) -> None:

@@ -127,7 +127,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     runs = {}
     for name, launcher in LAUNCHERS.items():
         run_dir = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        done = start(launcher, *SMALL, f"run_dir={run_dir}", "model.norm=group", "optim.lr=0.02")
+        done = start(launcher, *SMALL, f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
         runs[name] = run_dir, done.stdout
     return runs
@@ -139,9 +139,8 @@ def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[Path, str]
     ranks = 2 if launcher in ("accelerate 2", "torchrun 2", "local.sh") else 1
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     assert out.count(f"ranks {ranks}, device cpu, threads {threads}, precision no (as asked)") == 1
-    alone = weights(launched["python"][0])
-    for name, tensor in weights(run_dir).items():
-        torch.testing.assert_close(tensor, alone[name], atol=1e-4 if name == "sums" else 1e-5, rtol=0)
+    twin = weights(launched["python" if ranks == 1 else "torchrun 2"][0])
+    assert all(map(torch.equal, weights(run_dir).values(), twin.values()))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -164,7 +163,7 @@ def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
     done = start(["script", "--quiet", "--return", "--command", command, "/dev/null"])
     assert done.returncode == 0, done.stdout
     assert "100%|" in done.stdout
-    assert re.search(r"epoch 2\.00  step 46/46.*46/46 \[\d\d:\d\d<\d\d:\d\d.*loss \d", done.stdout)
+    assert re.search(r"epoch 2\.00: 100%.*46/46 \[\d\d:\d\d<\d\d:\d\d.*loss \d", done.stdout)
     assert re.search(r"^\r?.*done: top1 ", done.stdout, re.M)
 
 

@@ -16,7 +16,9 @@ import train
 from distrib import loop, ranks
 from distrib.config import Config, OptimConfig, load_config
 from distrib.data.loaders import Batch
-from distrib.loop import TrainState, due, evaluate, train_step
+from distrib.data.steps import Steps
+from distrib.log import Log
+from distrib.loop import TrainState, due, evaluate, report, train_step
 from distrib.metrics import zeros
 from distrib.optim import build_optimizer
 
@@ -125,7 +127,7 @@ def test_a_long_gradient_is_cut() -> None:
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_step_that_fp16s_scaler_skips_is_counted_and_changes_nothing() -> None:
+def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
     accelerator = Accelerator(cpu=True)
     config = Config(optim=OptimConfig(momentum=0))
@@ -145,6 +147,9 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_and_changes_nothing() -> None
     train_step(state, good, 0.1, config, accelerator)
     assert (state.skipped_steps, state.step) == (1, 2)
     assert not torch.equal(model[1].weight, before)
+    with Log(replace(config, run_dir=str(tmp_path)), 0, 2, Steps(100, 7, 0), silent=False) as log:
+        report(state, 0.1, 10.0, accelerator, log)
+    assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
 
 
 class Memorizer(nn.Module):

@@ -58,7 +58,15 @@ def test_the_final_weights_are_those_of_one_rank(runs: Path, world: int, way: st
     alone = weights(runs / "1" / ("memory" if way in ("memory", "micro") else "files"))
     for name, tensor in weights(runs / str(world) / way).items():
         if name != "sums":
-            torch.testing.assert_close(tensor, alone[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(tensor, alone[name], atol=1e-12, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("way", uneven.WAYS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_step_exchanges_its_gradient_once_in_however_many_parts_it_is(runs: Path, world: int, way: str) -> None:
+    rank = torch.load(runs / str(world) / way / "rank0.pt")
+    weights = sum(each.numel() for each in rank["network"].values())
+    assert rank["exchanged"] == [weights] * (2 * PER_EPOCH)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -74,11 +82,13 @@ def test_all_ranks_end_with_the_same_bits(runs: Path, world: int) -> None:
 def test_logged_metrics_are_those_of_sklearn_in_one_process(runs: Path, world: int, way: str, group: str) -> None:
     run_dir = runs / str(world) / way
     source = uneven.uneven(DataConfig(), download=False)
-    network = build_model(ModelConfig(norm="group", width=8), source.shape, len(source.classes))
+    network = build_model(ModelConfig(norm="group", width=16), source.shape, len(source.classes)).double()
     prefix = "model." if group == "val" else "average.module."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in weights(run_dir).items() if k.startswith(prefix)})
     with torch.no_grad():
-        logits = network.eval()(normalized(source.val.images, torch.tensor(source.mean), torch.tensor(source.std)))
+        logits = network.eval()(
+            normalized(source.val.images, *(torch.tensor(each).double() for each in (source.mean, source.std)))
+        )
     labels, scores = source.val.labels.numpy(), logits.double().softmax(1).numpy()
 
     logged = {name: points(run_dir)[f"{group}/{name}"][-1] for name in ("loss", "top1", "top5")}

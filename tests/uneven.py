@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from distrib import loop, ranks
@@ -24,10 +27,10 @@ KEYS = [
     "epochs=2",
     "batch_size=60",
     "model.norm=group",
-    "model.width=8",
+    "model.width=16",
     "precision=no",
-    "optim.lr=0.02",
-    "optim.warmup_epochs=0",
+    "optim.lr=0.05",
+    "optim.warmup_epochs=0.5",
     "optim.average_decay=0.9",
 ]
 NOISE = ["data.shift=1", "data.flip=true", "data.erase=2"]
@@ -66,10 +69,17 @@ def write_folder(root: Path) -> None:
 
 @dataclass
 class Seen:
-    """What this rank trained on: per step, the images' indices, and the batch itself, after all noise."""
+    """What this rank did in each step: the images' indices, the batch itself after all noise, the gradients exchanged."""
 
     ids: list[Tensor] = field(default_factory=list)
     batches: list[Tensor] = field(default_factory=list)
+    exchanged: list[int] = field(default_factory=list)  # numbers of them
+
+
+def exchange(seen: Seen, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own all-reduce, counted."""
+    seen.exchanged[-1] += bucket.buffer().numel()
+    return allreduce_hook(None, bucket)
 
 
 def watch(seen: Seen) -> None:
@@ -82,6 +92,9 @@ def watch(seen: Seen) -> None:
 
     def stepped(state: loop.TrainState, batch: loaders.Batch, *rest: object) -> None:
         seen.batches.append(batch.images.clone())
+        seen.exchanged.append(0)
+        if state.step == 0 and isinstance(state.model, DistributedDataParallel):
+            state.model.register_comm_hook(seen, exchange)
         step(state, batch, *rest)
 
     loaders.Augment.__call__ = noted
@@ -93,6 +106,8 @@ SOURCES["uneven"] = uneven
 
 
 def main(out: Path) -> None:
+    # Whatever differs is then a difference of method: in float32, rounding puts a ReLU on its other side now and then.
+    torch.set_default_dtype(torch.float64)
     for way, keys in WAYS.items():
         run_dir = out / way
         config: Config = load_config([f"run_dir={run_dir}", f"data.root={out.parent / 'folder'}", *KEYS, *NOISE, *keys])
@@ -101,10 +116,8 @@ def main(out: Path) -> None:
         watch(seen)
         state = train.train(config, accelerator)
         loaders.Augment.__call__, loop.train_step = plain_augment, train_step
-        network = state.network.state_dict()
-        torch.save(
-            {"ids": seen.ids, "batches": seen.batches, "network": network}, run_dir / f"rank{accelerator.process_index}.pt"
-        )
+        noted = {"ids": seen.ids, "batches": seen.batches, "exchanged": seen.exchanged, "network": state.network.state_dict()}
+        torch.save(noted, run_dir / f"rank{accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""What ranks do together."""
+
+import json
+import os
+from pathlib import Path
+
+import agreeing
+import pytest
+import torch
+from conftest import launch
+
+from distrib import ranks
+from distrib.config import Config, UserError
+
+
+def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) -> None:
+    done = launch(3, agreeing.__file__, tmp_path)
+    assert done.returncode == 0, done.stderr
+    noted = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
+    assert noted == [{"first": True, "agreed": "rank 0's", "told": "rank 0 could not"}] * 3
+
+
+@pytest.mark.parametrize(("asked", "local_ranks", "threads"), [(0, 1, 1.0), (0, 2, 0.5), (3, 2, None)])
+def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: int, local_ranks: int, threads: float | None
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, setup = ranks.start(Config(threads=asked, precision="no"))
+    expected = asked if threads is None else max(1, int(len(os.sched_getaffinity(0)) * threads))
+    assert torch.get_num_threads() == expected
+    assert f"threads {expected}, precision no (as asked)" in setup
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
+        ranks.start(Config())
