@@ -49,7 +49,7 @@ def fit(state: TrainState, loader: Loader, schedule: Schedule, config: Config, a
         clock.lap_steps += 1
 
         if due(state.step, config.log_every, schedule.total):
-            report(state, rate, clock.lap() * config.batch_size, accelerator, log)
+            report(state, rate, clock, config, accelerator, log)
 
         with clock.paused():
             if due(state.step, config.eval_every or epoch, schedule.total):
@@ -62,10 +62,11 @@ def fit(state: TrainState, loader: Loader, schedule: Schedule, config: Config, a
     return clock.overall()
 
 
-def report(state: TrainState, rate: float, images_per_second: float, accelerator: Accelerator, log: Log) -> None:
+def report(state: TrainState, rate: float, clock: "Clock", config: Config, accelerator: Accelerator, log: Log) -> None:
     """Report the training since the last report, over all ranks. Every rank must call this."""
-    values = means(accelerator.reduce(state.sums))  # waits for the device
-    values = {"loss": values["loss"], "top1": values["top1"], "lr": rate, "images_per_second": images_per_second}
+    values = means(accelerator.reduce(state.sums))  # waits for the device, so that the clock counts what was done
+    del values["top5"]
+    values |= {"lr": rate, "images_per_second": clock.lap() * config.batch_size}
     if accelerator.scaler is not None:
         values["skipped_steps"] = state.skipped_steps
     log.training(state.step, values)

@@ -18,7 +18,7 @@ from distrib.config import Config, OptimConfig, load_config
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
 from distrib.log import Log
-from distrib.loop import TrainState, due, evaluate, report, train_step
+from distrib.loop import Clock, TrainState, due, evaluate, report, train_step
 from distrib.metrics import zeros
 from distrib.optim import build_optimizer
 
@@ -148,7 +148,9 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
     assert (state.skipped_steps, state.step) == (1, 2)
     assert not torch.equal(model[1].weight, before)
     with Log(replace(config, run_dir=str(tmp_path)), 0, 2, Steps(100, 7, 0), silent=False) as log:
-        report(state, 0.1, 10.0, accelerator, log)
+        clock = Clock()
+        clock.lap_steps = 1
+        report(state, 0.1, clock, config, accelerator, log)
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
 
 
