@@ -171,6 +171,7 @@ def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path) -> None
     done = launch(2, "train.py", "batch_size=61", f"run_dir={tmp_path / 'run'}", timeout=60)
     assert done.returncode != 0
     assert done.stderr.count("train.py: batch_size 61 does not divide among 2 ranks: use 60 or 62\n") == 1
+    assert done.stderr.count("does not divide") == 1
     assert "Traceback" not in done.stderr.split("train.py: ")[0]
     assert not (tmp_path / "run").exists()
 
