@@ -167,11 +167,17 @@ def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
     assert re.search(r"^\r?.*done: top1 ", done.stdout, re.M)
 
 
-def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path) -> None:
-    done = launch(2, "train.py", "batch_size=61", f"run_dir={tmp_path / 'run'}", timeout=60)
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("optim.lrr=1", "there is no key optim.lrr: did you mean optim.lr?"),  # each rank meets it alone
+        ("batch_size=61", "batch_size 61 does not divide among 2 ranks: use 60 or 62"),
+    ],
+)
+def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path, pair: str, words: str) -> None:
+    done = launch(2, "train.py", pair, f"run_dir={tmp_path / 'run'}", timeout=60)
     assert done.returncode != 0
-    assert done.stderr.count("train.py: batch_size 61 does not divide among 2 ranks: use 60 or 62\n") == 1
-    assert done.stderr.count("does not divide") == 1
+    assert done.stderr.count(f"train.py: {words}\n") == done.stderr.count(words) == 1
     assert "Traceback" not in done.stderr.split("train.py: ")[0]
     assert not (tmp_path / "run").exists()
 
