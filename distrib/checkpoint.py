@@ -1,111 +1,195 @@
-"""A checkpoint is complete or not there: run_dir/checkpoints/step_00000123/, written beside its name, then renamed.
+"""A checkpoint is complete and as it was written, or it is not there.
 
-Tensors are in safetensors and the rest is in JSON: nothing is unpickled.
+run_dir/checkpoints/step_00000123/ holds every tensor in state.safetensors, every number in state.json, and the sizes and
+SHA-256 of both in manifest.json. It is written beside its name, brought to the disk, and then renamed. Nothing is ever
+unpickled.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from distrib.ranks import agreed
-
-if TYPE_CHECKING:
-    from distrib.loop import TrainState
-
-
-FACTS = ("step", "top1", "best_top1", "best_step", "skipped_steps")
+TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+SMALL = 1 << 20  # bytes: no JSON of ours is larger
 
 
-def save(state: "TrainState", run_dir: Path, keep: int) -> None:
-    """Write `state` and prune all but the newest `keep`. Call it on rank 0.
+class Damaged(Exception):  # noqa: N818
+    """A checkpoint that no run can go on from, and why."""
 
-    A process that dies meanwhile leaves a folder with `.partial` in its name, which nothing reads and the next save removes.
-    """
-    folder = run_dir / "checkpoints" / f"step_{state.step:08d}"
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors(state), partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(facts(state), indent=2))
-    for path in (*partial.iterdir(), partial):
-        _to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _to_disk(folder.parent)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state at one step, on the CPU, apart from the one that goes on changing."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete ones, oldest first."""
+    """The folders that have the name of a checkpoint, oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if not path.suffix)
 
 
-def restore(state: "TrainState", run_dir: Path) -> None:
-    """Put the newest checkpoint into `state`, if there is one. Every rank must call this; rank 0 chooses."""
-    newest = agreed(next(reversed(checkpoints(run_dir)), None))
-    if newest is None:
-        return
-    found = load_file(newest / "state.safetensors")
-    part = {name: _under(name, found) for name in ("model", "average", "optimizer")}
-    state.network.load_state_dict(part["model"])
-    if state.average is not None:
-        state.average.load_state_dict(part["average"])
-    _restore_optimizer(state.optimizer, part["optimizer"])
-    state.sums.copy_(found["sums"] * PartialState().is_main_process)  # they were moved to rank 0
-    restore_facts(state, json.loads((newest / "state.json").read_text()))
+def write(taken: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> None:
+    """Commit a checkpoint, whose manifest says what it is `about`, then prune the old ones.
+
+    At whatever point this is killed or fails, every checkpoint that was there is there, or a newer one is. It raises what the
+    file system does, and Damaged if a tensor is not finite.
+    """
+    odd = next((name for name, tensor in taken.tensors.items() if not tensor.isfinite().all()), None)
+    if odd:
+        raise Damaged(f"{odd} is not finite")
+    folder = run_dir / "checkpoints" / f"step_{taken.step:08d}"
+    partial = folder.with_suffix(".partial")
+    for torn in folder.parent.glob("step_*.partial"):
+        shutil.rmtree(torn, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(taken.tensors, partial / TENSORS)
+    (partial / NUMBERS).write_text(json.dumps(taken.numbers))
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)} for name in (TENSORS, NUMBERS)}
+    manifest = {"format": FORMAT, "step": taken.step, **about, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": own_sha256(manifest)}, indent=2))
+    for path in (partial / TENSORS, partial / NUMBERS, partial / MANIFEST, partial):
+        to_disk(path)
+    os.rename(partial, folder)
+    to_disk(folder.parent)
+    prune(run_dir, keep)
 
 
-def tensors(state: "TrainState") -> dict[str, Tensor]:
-    """Every tensor of `state` under a name of its own, copied, contiguous, on the CPU."""
-    named: dict[str, Any] = {f"model.{name}": each for name, each in state.network.state_dict().items()}
-    if state.average is not None:
-        named |= {f"average.{name}": each for name, each in state.average.state_dict().items()}
-    for index, values in state.optimizer.state_dict()["state"].items():
-        named |= {f"optimizer.{index}.{name}": each for name, each in values.items() if each is not None}
-    named["sums"] = state.sums
-    return {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in named.items()}
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the most accurate one; what is being deleted has lost its name.
+
+    What cannot be deleted is left for the next time.
+    """
+    found = checkpoints(run_dir)
+    best = max(found, key=accuracy, default=None)
+    for folder in found[:-keep]:
+        if folder != best:
+            with suppress(OSError):
+                os.rename(folder, folder.with_suffix(".pruned"))
+    for folder in (run_dir / "checkpoints").glob("step_*.pruned"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def facts(state: "TrainState") -> dict[str, Any]:
-    """What is not a tensor."""
-    scaler = getattr(state.optimizer, "scaler", None)  # fp16's, on the optimizer that accelerate prepared
-    return {name: getattr(state, name) for name in FACTS} | {"scaler": scaler.state_dict() if scaler else {}}
+def accuracy(folder: Path) -> float:
+    """The validation accuracy of a checkpoint, in percent; -1 if it was not evaluated at its step."""
+    try:
+        numbers = json.loads((folder / NUMBERS).read_text())
+        return float(numbers["top1"]) if numbers["evaluated_step"] == numbers["step"] else -1.0
+    except (OSError, ValueError, TypeError, LookupError):
+        return -1.0
 
 
-def restore_facts(state: "TrainState", facts: dict[str, Any]) -> None:
-    for name in FACTS:
-        setattr(state, name, facts[name])
-    if facts["scaler"]:
-        state.optimizer.scaler.load_state_dict(facts["scaler"])  # type: ignore[attr-defined]
+def newest(run_dir: Path, check: Callable[[Path, dict[str, Any]], None]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written and passes `check(folder, manifest)`, which raises Damaged.
+
+    One that is not good is set aside under another name, and a line for the user says so.
+    """
+    told: list[str] = []
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            check(folder, verified(folder))
+            return folder, told
+        except Damaged as why:
+            names = (folder.with_suffix(f".damaged{i or ''}") for i in range(len(list(folder.parent.iterdir())) + 1))
+            aside = next(name for name in names if not name.exists())
+            os.rename(folder, aside)
+            told.append(f"{folder.name} is damaged ({why}): it is now {aside.name}, and the run goes on from an older one")
+    return None, told
 
 
-def _under(prefix: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}."): each for name, each in named.items() if name.startswith(f"{prefix}.")}
+def verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as it says; nothing but JSON has been parsed until then. Raises Damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads(regular(folder / MANIFEST, SMALL).read_bytes())
+        if manifest.pop("sha256") != own_sha256(manifest):
+            raise Damaged(f"{MANIFEST} is not as it was written")
+        if manifest["format"] != FORMAT or folder.name != f"step_{manifest['step']:08d}":
+            raise Damaged(f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}")
+        for name, most in ((TENSORS, None), (NUMBERS, SMALL)):
+            path, told = regular(folder / name, most), manifest["files"][name]
+            if path.stat().st_size != told["bytes"]:
+                raise Damaged(f"{name} has {path.stat().st_size} bytes, not {told['bytes']}")
+            if sha256(path) != told["sha256"]:
+                raise Damaged(f"{name} is not as it was written")
+        return manifest
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from None
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    values: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in named.items():
-        index, _, what = name.partition(".")
-        like = parameters[int(index)]
-        # Fused optimizers go through a weight and its momentum side by side: they must lie in memory alike.
-        value = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
-        values.setdefault(int(index), {})[what] = value
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+def regular(path: Path, most: int | None) -> Path:
+    """`path`, if it is a file of its own, and of at most so many bytes. Raises Damaged."""
+    if path.is_symlink() or not path.is_file():
+        raise Damaged(f"{path.name} is not there" if not os.path.lexists(path) else f"{path.name} is no file of its own")
+    if most is not None and path.stat().st_size > most:
+        raise Damaged(f"{path.name} has {path.stat().st_size} bytes, more than {most}")
+    return path
 
 
-def _to_disk(path: Path) -> None:
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Unsaved(Exception):  # noqa: N818
+    """A run has ended, and its last state is not on the disk."""
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, one at a time; whoever leaves it waits for the last one."""
+
+    def __init__(self, run_dir: Path, about: dict[str, Any], keep: int) -> None:
+        self.run_dir, self.about, self.keep = run_dir, about, keep
+        self.thread: threading.Thread | None = None
+        self.taken: Snapshot | None = None  # the last one, whose memory the next one takes
+        self.failure: str | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def save(self, taken: Snapshot) -> None:
+        """Begin to write `taken`. Wait for the one before first."""
+        self.taken, self.failure = taken, None
+        self.thread = threading.Thread(target=self._write, args=(taken,), name=f"save step {taken.step}")
+        self.thread.start()
+
+    def wait(self) -> str | None:
+        """Wait until nothing is being written; returns what went wrong with the last one, in a line."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        return self.failure
+
+    def _write(self, taken: Snapshot) -> None:
+        try:
+            write(taken, self.run_dir, self.about, self.keep)
+        except Exception as error:  # whatever it is, training goes on, and all ranks are told
+            why = " ".join(str(error).split())
+            self.failure = f"no checkpoint of step {taken.step} could be saved: {type(error).__name__}: {why}"

@@ -1,6 +1,6 @@
 """Every choice that can change a result, with its unit: defaults, then a YAML file, then key=value, the last one wins."""
 
-import os
+import hashlib
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -193,32 +193,13 @@ def _keys(config: Any, section: str = "") -> Iterator[tuple[str, str, Any, Any]]
             yield section + each.name, choices or cast(type, each.type).__name__, value, each.metadata
 
 
-def settle(config: Config, *, longer: bool = False) -> None:
-    """Make `run_dir` and leave the config there.
-
-    A folder that another config has begun is refused, naming the keys that differ, but for `free` ones. If `longer`, there may
-    be more epochs: the learning rate follows the longer schedule from there on. Call it on rank 0.
-    """
-    saved = Path(config.run_dir, "config.yaml")
-    try:
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        if saved.exists():
-            _refuse_another_run(config, read_config(saved), longer)
-        partial = saved.with_suffix(f".partial-{os.getpid()}")
-        partial.write_text(to_yaml(config))
-        partial.replace(saved)
-    except OSError as error:
-        raise UserError(f"run_dir {config.run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+def keys_of_result(config: Config) -> dict[str, Any]:
+    """The keys that decide what is learned: all but the `free` ones."""
+    return {name: value for name, _, value, meta in _keys(config) if not meta["free"]}
 
 
-def _refuse_another_run(config: Config, begun: Config, longer: bool) -> None:
-    differ = {
-        name: f"{name} ({old} there, {new} now)"
-        for (name, _, old, meta), (_, _, new, _) in zip(_keys(begun), _keys(config), strict=True)
-        if old != new and not meta["free"]
-    }
-    if longer and config.epochs > begun.epochs:
-        del differ["epochs"]
-    if differ:
-        more = "; to train on, give epochs=N with a larger N" if "epochs" in differ else ""
-        raise UserError(f"{config.run_dir} was begun with another {', '.join(differ.values())}: give another run_dir{more}")
+def digest(config: Config) -> str:
+    """What two configs have in common if a run of one can go on with the other; one of them may have more epochs."""
+    keys = keys_of_result(config)
+    del keys["epochs"]
+    return hashlib.sha256(repr(sorted(keys.items())).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What a run says: on the console, as lines or a progress bar, and to TensorBoard. Only rank 0 speaks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from distrib.config import Config, to_yaml
 from distrib.data.sources import Source
 from distrib.data.steps import Steps
+from distrib.state import Ending, TrainState
 
 
 class Log:
@@ -33,12 +35,14 @@ class Log:
         if self.writer:
             self.writer.close()
 
-    def opening(self, setup: str, source: Source, network: nn.Module) -> None:
-        """What is about to be trained, on what."""
+    def opening(self, setup: str, source: Source, network: nn.Module, warnings: Sequence[str]) -> None:
+        """What is about to be trained, on what; and what was wrong with what was found."""
         weights = sum(each.numel() for each in network.parameters())
         shape = "x".join(map(str, source.shape))
         images = f"{len(source.train):,} images to train on and {len(source.val):,} to validate, {shape}"
         idle = self.steps.images % self.steps.batch_size
+        for warning in warnings:
+            self.warn(warning)
         self._say(setup)
         self._say(
             f"{self.config.data.name}: {images}, {len(source.classes)} classes; {self.config.model.name}: {weights:,} weights"
@@ -72,13 +76,20 @@ class Log:
         numbers = f"loss {values['loss']:.4f}  top1 {values['top1']:.2f} %  top5 {values['top5']:.2f} %"
         self._say(f"{self._place(step)}  {group}: {numbers}")
 
-    def closing(self, step: int, top1: float, best_top1: float, best_step: int, steps_per_second: float) -> None:
-        """The line that is left when all is done."""
-        seen = f"{step * self.steps.batch_size:,} images seen"
-        if steps_per_second:
-            seen += f" at {steps_per_second * self.steps.batch_size:,.0f} a second"
-        best = f"best {best_top1:.2f} % at step {best_step:,}"
-        self._say(f"done: top1 {top1:.2f} %, {best}; {seen}; tensorboard --logdir {Path(self.config.run_dir).parent}")
+    def warn(self, text: str) -> None:
+        """Something went wrong that does not end the run."""
+        self._say(f"warning: {text}")
+
+    def closing(self, state: TrainState, ending: Ending) -> None:
+        """The line that is left when all is done, or how to go on."""
+        if ending.stopped_by:
+            self._say(f"stopped by {ending.stopped_by} after step {state.step:,}, which is saved: the same command goes on")
+            return
+        seen = f"{state.step * self.steps.batch_size:,} images seen"
+        if ending.steps_per_second:
+            seen += f" at {ending.steps_per_second * self.steps.batch_size:,.0f} a second"
+        best = f"best {state.best_top1:.2f} % at step {state.best_step:,}"
+        self._say(f"done: top1 {state.top1:.2f} %, {best}; {seen}; tensorboard --logdir {Path(self.config.run_dir).parent}")
 
     def flush(self) -> None:
         """Bring all that was logged to the disk: before a checkpoint says that it is done."""

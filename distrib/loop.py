@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -10,56 +9,62 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
-from distrib.checkpoint import save
+from distrib import ranks
+from distrib.checkpoint import Saver, Unsaved
 from distrib.config import Config
 from distrib.data.loaders import Batch, Loader
 from distrib.data.steps import DROPOUT, fold
 from distrib.log import Log
 from distrib.metrics import means, totals, zeros
 from distrib.optim import Schedule, set_learning_rate
+from distrib.state import Ending, TrainState, about, snapshot
 
 
-@dataclass
-class TrainState:
-    """All that changes while a run goes on."""
+def fit(state: TrainState, loader: Loader, schedule: Schedule, config: Config, accelerator: Accelerator, log: Log) -> Ending:
+    """Train from `state.step` to the end of `schedule`, or until someone asks to stop. Every rank must call this.
 
-    model: nn.Module  # what a step calls: the network, inside DDP if there are several ranks
-    network: nn.Module
-    optimizer: Optimizer
-    average: AveragedModel | None
-    sums: Tensor  # over this rank's training images since the last report
-    step: int = 0
-    top1: float = 0.0  # percent, of the last evaluation: the average's, if there is one
-    best_top1: float = 0.0
-    best_step: int = 0
-    skipped_steps: int = 0  # by fp16's scaler, since gradients overflowed
+    Raises Unsaved if the last state could not be saved.
+    """
+    epoch, clock, vote = loader.steps.per_epoch, Clock(), ranks.StopVote(Path(config.run_dir))
+    saved, stopper = state.step, ""
+    with Saver(Path(config.run_dir), about(config, accelerator.num_processes), config.keep) as saver:
+        for batch in loader.train(range(state.step, schedule.total)):
+            stopper = vote(state.step)
+            if stopper:
+                break
+            rate = schedule(state.step)
+            train_step(state, batch, rate, config, accelerator)
+            log.tick(state.step)
+            clock.lap_steps += 1
+
+            if due(state.step, config.log_every, schedule.total):
+                report(state, rate, clock, config, accelerator, log)
+            with clock.paused():
+                if due(state.step, config.eval_every or epoch, schedule.total):
+                    validate(state, loader, accelerator, log)
+                if due(state.step, config.save_every or epoch, schedule.total):
+                    saved = save(state, saver, accelerator, log)
+
+        if saved != state.step:
+            save(state, saver, accelerator, log)
+        failure = ranks.agreed(saver.wait())
+    if failure:
+        raise Unsaved(failure)
+    return Ending(stopper, clock.overall())
 
 
-def fit(state: TrainState, loader: Loader, schedule: Schedule, config: Config, accelerator: Accelerator, log: Log) -> float:
-    """Train from `state.step` to the end of `schedule`; returns steps per second. Every rank must call this."""
-    epoch, clock = loader.steps.per_epoch, Clock()
-    for batch in loader.train(range(state.step, schedule.total)):
-        rate = schedule(state.step)
-        train_step(state, batch, rate, config, accelerator)
-        log.tick(state.step)
-        clock.lap_steps += 1
-
-        if due(state.step, config.log_every, schedule.total):
-            report(state, rate, clock, config, accelerator, log)
-
-        with clock.paused():
-            if due(state.step, config.eval_every or epoch, schedule.total):
-                validate(state, loader, accelerator, log)
-            if due(state.step, config.save_every or epoch, schedule.total):
-                log.flush()
-                pool(state, accelerator)
-                if accelerator.is_main_process:
-                    save(state, Path(config.run_dir), config.keep)
-    return clock.overall()
+def save(state: TrainState, saver: Saver, accelerator: Accelerator, log: Log) -> int:
+    """Begin to write a checkpoint; returns its step. Tell if the one before was not written. Every rank must call this."""
+    failure = ranks.agreed(saver.wait())
+    if failure:
+        log.warn(f"{failure}; it is tried again now")
+    log.flush()  # the checkpoint will say that all up to here is done
+    pool(state, accelerator)
+    if accelerator.is_main_process:
+        saver.save(snapshot(state, saver.taken))
+    return state.step
 
 
 def report(state: TrainState, rate: float, clock: "Clock", config: Config, accelerator: Accelerator, log: Log) -> None:
@@ -119,7 +124,7 @@ def validate(state: TrainState, loader: Loader, accelerator: Accelerator, log: L
     for group, model in models.items():
         values = evaluate(model, loader, accelerator)
         log.validation(state.step, group, values)
-        state.top1 = values["top1"]
+        state.top1, state.evaluated_step = values["top1"], state.step
     if state.top1 > state.best_top1:
         state.best_top1, state.best_step = state.top1, state.step
 

@@ -2,19 +2,32 @@
 
 import gc
 import os
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 
+from distrib import interrupt
 from distrib.config import Config, UserError
 from distrib.precision import choose_precision
 
 T = TypeVar("T")
+
+# What torch's backends say when the other end of a connection has gone.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
 
 PATIENCE = 5.0  # seconds that rank 0 has to tell of a mistake, before another rank that met it does
 
@@ -98,6 +111,45 @@ def agreed(value: T) -> T:
     return shared[0]
 
 
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    leads: bool = PartialState().is_main_process
+    return leads
+
+
+class StopVote:
+    """Whether to stop, asked before each step: the ranks agree on it about twice a second, and so on the step.
+
+    One small exchange in half a second is the whole cost. It goes between CPUs (gloo), so no GPU is waited for.
+    """
+
+    PERIOD = 0.5  # seconds
+    BY_FILE = 100  # greater than the number of any signal
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / "STOP"
+        self.several = PartialState().num_processes > 1
+        self.group: Any = torch.distributed.new_group(backend="gloo") if self.several else None
+        self.next, self.asked = 0, (0, time.perf_counter())  # the step that is voted on next, and the last one, and when
+
+    def __call__(self, step: int) -> str:
+        """Who asked all ranks to stop before `step`: a signal's name, or the file; "" if nobody did."""
+        if step < self.next:
+            return ""
+        wish = interrupt.asked() or (self.BY_FILE if is_first() and self.file.exists() else 0)
+        earlier, now = self.asked, (step, time.perf_counter())
+        self.asked = now
+        speed = (now[0] - earlier[0]) / (now[1] - earlier[1])  # steps a second
+        vote = torch.tensor([wish, max(1, round(speed * self.PERIOD)) if is_first() else 0])
+        if self.several:
+            torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        wish, steps = vote.tolist()
+        self.next = step + steps
+        if wish == self.BY_FILE and is_first():
+            self.file.unlink(missing_ok=True)  # it has been heard
+        return "the file STOP" if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
+
+
 def say(text: str) -> int:
     """Print what was asked for, once; returns the exit code 0."""
     if launched_rank() == 0:
@@ -105,16 +157,33 @@ def say(text: str) -> int:
     return 0
 
 
-def refuse(error: UserError | str, code: int = 2) -> int:
-    """Say what is wrong, once; returns the exit code.
+def refuse(error: Exception, code: int) -> int:
+    """Say in a line what is wrong, once; returns the exit code.
 
     Rank 0 speaks. Another rank does only if rank 0 is still there after a while, and so has not met the mistake.
     """
     rank = launched_rank()
     if rank:
-        time.sleep(PATIENCE)  # the launcher ends this rank meanwhile, once rank 0 has spoken and left
+        give_up = time.monotonic() + PATIENCE
+        while time.monotonic() < give_up:
+            if interrupt.asked() == signal.SIGTERM:  # the launcher's: rank 0 has spoken and left
+                return code
+            time.sleep(0.05)
     print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     return code
+
+
+def fail(error: Exception) -> int:
+    """Tell of what should not have happened; returns the exit code 1.
+
+    If it is that another rank has gone, the other one tells why, and a line is enough here.
+    """
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+        rank = launched_rank()
+        print(f"train.py: rank {rank} leaves, since another rank is gone ({str(error).splitlines()[0]})", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1
 
 
 def leave(code: int) -> NoReturn:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from distrib.config import Config, OptimConfig, UserError, help_text, load_config, settle, to_yaml
+from distrib.config import Config, OptimConfig, UserError, help_text, load_config, to_yaml
 
 
 @pytest.mark.parametrize(
@@ -91,40 +91,3 @@ def test_help_gives_type_default_and_meaning_of_every_key() -> None:
     assert "batch_size int 128 images per optimizer step, over all ranks together [1, inf)" in text
     assert "optim.schedule cosine|linear cosine how the learning rate falls" in text
     assert all(line.count(":") > 0 for line in to_yaml(Config()).splitlines())
-
-
-def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "deep" / "run"))
-    settle(config)
-    assert load_config([str(tmp_path / "deep" / "run" / "config.yaml")]) == config
-
-
-def test_a_run_folder_of_another_config_is_refused_and_left_alone(tmp_path: Path) -> None:
-    settle(Config(run_dir=str(tmp_path), seed=1))
-    before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(
-        UserError, match=r"another seed \(1 there, 2 now\), optim.lr \(0.1 there, 0.3 now\): give another run_dir"
-    ):
-        settle(Config(run_dir=str(tmp_path), seed=2, optim=OptimConfig(lr=0.3)))
-    assert (tmp_path / "config.yaml").read_bytes() == before
-
-
-def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
-    settle(Config(run_dir=str(tmp_path)))
-    settle(Config(run_dir=str(tmp_path), log_every=1, micro_batches=4, keep=9, threads=1))
-    assert load_config([str(tmp_path / "config.yaml")]).keep == 9
-
-
-def test_more_epochs_have_to_be_asked_for_and_fewer_are_refused(tmp_path: Path) -> None:
-    settle(Config(run_dir=str(tmp_path), epochs=5.0))
-    with pytest.raises(UserError, match=r"epochs \(5.0 there, 9.0 now\).*give epochs=N with a larger N"):
-        settle(Config(run_dir=str(tmp_path), epochs=9.0))
-    settle(Config(run_dir=str(tmp_path), epochs=9.0), longer=True)
-    with pytest.raises(UserError, match=r"epochs \(9.0 there, 5.0 now\)"):
-        settle(Config(run_dir=str(tmp_path), epochs=5.0), longer=True)
-
-
-def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written: Not a directory; give another run_dir"):
-        settle(Config(run_dir=str(tmp_path / "file" / "run")))

@@ -12,16 +12,17 @@ FILES = {
 }
 LAYERS = [  # each may import from those below it
     ["train.py"],
-    ["distrib/loop.py"],
-    ["distrib/checkpoint.py", "distrib/log.py"],
+    ["distrib/loop.py", "distrib/folder.py"],
+    ["distrib/log.py"],
+    ["distrib/state.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
-    ["distrib/precision.py", "distrib/data/sources.py", "distrib/data/augment.py"],
+    ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
     ["distrib/data/files.py"],
     ["distrib/data/steps.py"],
-    ["distrib/config.py"],
+    ["distrib/config.py", "distrib/interrupt.py"],
 ]
 DOORS = {
-    "accelerate": {"train.py", "distrib/ranks.py", "distrib/loop.py", "distrib/checkpoint.py"},
+    "accelerate": {"train.py", "distrib/ranks.py", "distrib/loop.py"},
     "omegaconf": {"distrib/config.py"},
     "tqdm": {"distrib/log.py"},
     "torchvision": {"distrib/data/sources.py", "distrib/models.py"},

@@ -12,6 +12,7 @@ from distrib.data.augment import Augment, normalized
 from distrib.data.files import Reader
 from distrib.data.sources import Arrays, Source
 from distrib.data.steps import Share, Steps, contiguous
+from distrib.interrupt import guard_worker
 
 Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels, on the device
 
@@ -44,7 +45,8 @@ class Streamed:
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
         reader: Any = self.reader  # has __getitem__, which is all that is asked of a data set whose sampler yields shares
         pinned = self.device.type == "cuda"
-        for read in DataLoader(reader, sampler=shares, batch_size=None, num_workers=self.workers, pin_memory=pinned):
+        options: Any = {"num_workers": self.workers, "worker_init_fn": guard_worker, "pin_memory": pinned}
+        for read in DataLoader(reader, sampler=shares, batch_size=None, **options):
             if isinstance(read, UserError):
                 raise read
             share, images, labels = read

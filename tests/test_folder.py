@@ -1,0 +1,107 @@
+"""The run folder: one config, one trainer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from distrib import folder
+from distrib.config import Config, OptimConfig, UserError, read_config
+from distrib.folder import held, occupied, refuse_another_run
+
+
+def begin(config: Config, *, longer: bool = False) -> None:
+    with held(config, longer=longer):
+        pass
+
+
+def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "deep" / "run"))
+    begin(config)
+    assert read_config(tmp_path / "deep" / "run" / "config.yaml") == config
+
+
+def test_a_run_folder_of_another_config_is_refused_and_left_alone(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path), seed=1))
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(
+        UserError, match=r"another seed \(1 there, 2 now\), optim.lr \(0.1 there, 0.3 now\): give another run_dir"
+    ):
+        begin(Config(run_dir=str(tmp_path), seed=2, optim=OptimConfig(lr=0.3)))
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path)))
+    begin(Config(run_dir=str(tmp_path), log_every=1, micro_batches=4, keep=9, threads=1))
+    assert read_config(tmp_path / "config.yaml").keep == 9
+
+
+def test_more_epochs_have_to_be_asked_for_and_fewer_are_refused(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path), epochs=5.0))
+    with pytest.raises(UserError, match=r"epochs \(5.0 there, 9.0 now\).*give epochs=N with a larger N"):
+        begin(Config(run_dir=str(tmp_path), epochs=9.0))
+    begin(Config(run_dir=str(tmp_path), epochs=9.0), longer=True)
+    with pytest.raises(UserError, match=r"epochs \(9.0 there, 5.0 now\)"):
+        begin(Config(run_dir=str(tmp_path), epochs=5.0), longer=True)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory; give another run_dir"):
+        begin(Config(run_dir=str(tmp_path / "file" / "run")))
+
+
+HOLD = "import time; from pathlib import Path; from distrib.folder import occupied\nwith occupied(Path({!r})): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> "subprocess.Popen[str]":
+    """Another process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD.format(str(tmp_path))], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
+    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PATIENCE", 0.3)
+    with (
+        pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"),
+        occupied(tmp_path),
+    ):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with occupied(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+
+
+def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    began = time.monotonic()
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+    with occupied(tmp_path):
+        assert time.monotonic() - began > 0.4
+    killer.wait()
+    holder.wait()
+
+
+def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    with held(config) as note:
+        note("running", step=3)
+        assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 3, "attempts": 1}
+    with pytest.raises(ZeroDivisionError), held(config):
+        1 / 0  # noqa: B018
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "failed", "cause": "ZeroDivisionError: division by zero", "attempts": 2}
+    refuse_another_run(config)

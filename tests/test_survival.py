@@ -1,0 +1,196 @@
+"""Runs that are stopped or killed, as real processes, and what becomes of them."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, points, weights
+from test_launch import LAUNCHERS
+
+KEYS = ["epochs=20", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
+KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
+STEPS = 460
+KILLS = int(os.environ.get("DISTRIB_KILLS", "15"))
+
+
+class Run:
+    """A run under way, and every process that belongs to it."""
+
+    def __init__(self, launcher: str, run_dir: Path, *keys: str) -> None:
+        self.run_dir, self.log = run_dir, run_dir.with_suffix(f".{time.monotonic_ns()}.log")
+        path = f"{Path(LAUNCHERS['python'][0]).parent}:{os.environ['PATH']}"
+        with self.log.open("w") as log:
+            command = [*LAUNCHERS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, timeout: float = 60) -> None:
+        give_up = time.monotonic() + timeout
+        while not re.search(words, self.said(), re.M):
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < give_up, self.said()
+            time.sleep(0.01)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train: not their launcher, and not their loader workers."""
+        mine = self.processes()
+        return [each for each in mine if each.ppid() == self.process.pid] or mine
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are left of this run, wherever they have gone."""
+        left = []
+        for each in psutil.process_iter():
+            try:
+                if f"run_dir={self.run_dir}" in each.cmdline() and each.status() != psutil.STATUS_ZOMBIE:
+                    left.append(each)
+            except psutil.Error:
+                pass
+        return left
+
+    def end(self, timeout: float = 60) -> int:
+        """Wait until nothing is left of it; returns the launcher's exit code."""
+        code = self.process.wait(timeout)
+        give_up = time.monotonic() + timeout
+        while self.processes():
+            assert time.monotonic() < give_up, self.processes()
+            time.sleep(0.05)
+        return code
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that nobody disturbed, on 1 and 2 ranks."""
+    runs = {}
+    for ranks, launcher in ((1, "python"), (2, "torchrun 2")):
+        runs[ranks] = tmp_path_factory.mktemp("whole") / "run"
+        run = Run(launcher, runs[ranks])
+        assert run.end() == 0, run.said()
+    return runs
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    """The same weights, bit by bit, and the same curves with each point once."""
+    got, expected = weights(run_dir), weights(whole)
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+    curves, expected_curves = points(run_dir), points(whole)
+    for tag in expected_curves.keys() - {"train/images_per_second"}:
+        assert curves[tag] == expected_curves[tag], tag
+
+
+def status(run_dir: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run_dir / "status.json").read_text())
+    return found
+
+
+STOPS = [
+    ("python", "launcher", signal.SIGTERM),
+    ("python", "launcher", signal.SIGINT),
+    ("python", "file", 0),
+    ("accelerate", "launcher", signal.SIGTERM),
+    ("accelerate", "launcher", signal.SIGUSR1),
+    ("accelerate 2", "launcher", signal.SIGTERM),
+    ("accelerate 2", "launcher", signal.SIGUSR1),
+    ("accelerate 2", "one rank", signal.SIGUSR2),
+    ("torchrun 2", "all ranks", signal.SIGUSR1),
+    ("torchrun 2", "one rank", signal.SIGTERM),
+    ("torchrun 2", "launcher", signal.SIGINT),
+    ("torchrun 2", "file", 0),
+]
+
+
+@pytest.mark.parametrize(("launcher", "target", "number"), STOPS)
+def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
+    tmp_path: Path, whole: dict[int, Path], launcher: str, target: str, number: int
+) -> None:
+    run = Run(launcher, tmp_path / "run")
+    run.wait_for(r"step 30/460")
+    asked = time.monotonic()
+    if target == "file":
+        (run.run_dir / "STOP").write_text("")
+    else:
+        ranks = run.ranks()
+        targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": ranks[-1:], "all ranks": ranks}[target]
+        for each in targets:
+            each.send_signal(number)
+    code = run.end()
+    took = time.monotonic() - asked
+    said = re.search(r"^stopped by (\S+|the file STOP) after step (\d+), which is saved: the same command goes on$", run.said(), re.M)
+    assert said, run.said()
+    assert took < 20
+    assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
+    assert status(run.run_dir) | {"top1": 0} == {"state": "stopped", "step": int(said[2]), "top1": 0, "cause": said[1], "attempts": 1}
+    if target != "launcher" or launcher == "python":
+        assert code == 0
+    assert not (run.run_dir / "STOP").exists()
+
+    again = Run(launcher, tmp_path / "run")
+    assert again.end() == 0, again.said()
+    assert f"goes on after step {said[2]}" in again.said()
+    assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1])
+    assert status(run.run_dir)["state"] == "completed"
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    run = Run("python", tmp_path / "run", "eval_every=1")
+    run.wait_for(r"step 5/460")
+    run.process.send_signal(signal.SIGSTOP)
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGCONT)
+    time.sleep(0.01)
+    assert run.end() in (0, 130)
+
+
+def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
+    run = Run("python", tmp_path / "run", "epochs=200")
+    run.wait_for(r"step 5/4,600")
+    second = Run("python", tmp_path / "run", "epochs=200")
+    assert second.end() == 2
+    assert f"is in use by process {run.process.pid} on " in second.said()
+    run.process.kill()
+    run.end()
+
+
+def kills(seed: int) -> Iterator[tuple[str, bool, float]]:
+    """Who is killed, whether inside a save, and when else, in seconds after the first step."""
+    chance = random.Random(seed)
+    while True:
+        yield chance.choice(["one rank", "all ranks", "launcher"]), chance.random() < 0.4, chance.uniform(0, 1.5)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path, whole: dict[int, Path]) -> None:
+    run_dir, killed, inside = tmp_path / "run", 0, 0
+    for who, in_a_save, delay in kills(seed=0):
+        run = Run("accelerate 2", run_dir)
+        reached = int(re.search(r"goes on after step (\d+)|$", run.said())[1] or 0)
+        if killed < KILLS:
+            run.wait_for(r"step \d+/460  train")
+            due = time.monotonic() + delay
+            while time.monotonic() < due if not in_a_save else not list(run_dir.glob("checkpoints/*.partial")):
+                if run.process.poll() is not None:
+                    break
+            inside += in_a_save
+            targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": run.ranks()[:1], "all ranks": run.ranks()}[who]
+            for each in targets:
+                each.kill()
+            killed += 1
+        code = run.end()
+        reached = max([reached, *map(int, re.findall(r"step (\d+)/460", run.said()))])
+        if code == 0:
+            break
+        resumed = max((int(path.name[5:]) for path in run_dir.glob("checkpoints/step_????????")), default=0)
+        assert resumed >= reached - 20 - 5
+    assert_same(run_dir, whole[2])
+    assert status(run_dir)["attempts"] == killed + 1
+    print(f"{killed} kills, {inside} of them inside a save")
