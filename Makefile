@@ -4,13 +4,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test kill-storm lint clean
 
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
 
 test: .venv/ready-for-tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# 200 kills, about 45 minutes
+kill-storm: .venv/ready-for-tests
+	DISTRIB_KILLS=200 $(BIN)/python -m pytest -s tests/test_survival.py -k killed_again
 
 lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check .

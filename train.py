@@ -41,7 +41,7 @@ def train(config: Config, accelerator: Accelerator, setup: str = "", *, longer: 
     network = ranks.first(lambda leads: build_model(config.model, source.shape, len(source.classes))).to(device)
     average = build_average(network, config.optim.average_decay)
     optimizer = build_optimizer(network, config.optim, fused=accelerator.scaler is None)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model, optimizer = ranks.prepared(accelerator, network, optimizer)
     state = TrainState(model, network, optimizer, average, zeros(device))
 
     with folder.held(config, longer=longer) as note:

@@ -13,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from torch import nn
+from torch.optim import Optimizer
 
 from distrib import interrupt
 from distrib.config import Config, UserError
@@ -21,13 +23,7 @@ from distrib.precision import choose_precision
 T = TypeVar("T")
 
 # What torch's backends say when the other end of a connection has gone.
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "NCCL communicator was aborted",
-)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted")
 
 PATIENCE = 5.0  # seconds that rank 0 has to tell of a mistake, before another rank that met it does
 
@@ -53,11 +49,18 @@ def start(config: Config) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         cpu=not gpus,
         mixed_precision=precision,
-        # The batch statistics are made equal when they are used. In each forward pass that would be a collective that waits.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     return accelerator, f"ranks {state.num_processes}, device {device}, threads {threads}, precision {precision} ({why})"
+
+
+def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """What a step calls, `network` inside DDP if there are several ranks, and its optimizer. Every rank must call this."""
+    model, optimizer = accelerator.prepare(network, optimizer)
+    # Batch statistics are made equal when they are used: in each forward pass that would be a collective that waits.
+    model.broadcast_buffers = False
+    return model, optimizer
 
 
 def cores() -> int:
@@ -130,17 +133,15 @@ class StopVote:
         self.file = run_dir / "STOP"
         self.several = PartialState().num_processes > 1
         self.group: Any = torch.distributed.new_group(backend="gloo") if self.several else None
-        self.next, self.asked = 0, (0, time.perf_counter())  # the step that is voted on next, and the last one, and when
+        self.next = 0  # the step that is voted on next
+        self.last: tuple[int, float] | None = None  # the one that was last voted on, and when
 
     def __call__(self, step: int) -> str:
         """Who asked all ranks to stop before `step`: a signal's name, or the file; "" if nobody did."""
         if step < self.next:
             return ""
         wish = interrupt.asked() or (self.BY_FILE if is_first() and self.file.exists() else 0)
-        earlier, now = self.asked, (step, time.perf_counter())
-        self.asked = now
-        speed = (now[0] - earlier[0]) / (now[1] - earlier[1])  # steps a second
-        vote = torch.tensor([wish, max(1, round(speed * self.PERIOD)) if is_first() else 0])
+        vote = torch.tensor([wish, self._pace(step) if is_first() else 0])
         if self.several:
             torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=self.group)
         wish, steps = vote.tolist()
@@ -148,6 +149,14 @@ class StopVote:
         if wish == self.BY_FILE and is_first():
             self.file.unlink(missing_ok=True)  # it has been heard
         return "the file STOP" if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
+
+    def _pace(self, step: int) -> int:
+        """The steps in a PERIOD, by the time that the last ones took; at most twice as many as those."""
+        earlier, self.last = self.last, (step, time.perf_counter())
+        if earlier is None:
+            return 1
+        steps, seconds = step - earlier[0], self.last[1] - earlier[1]
+        return max(1, min(2 * steps, round(steps * self.PERIOD / seconds)))
 
 
 def say(text: str) -> int:

@@ -30,9 +30,7 @@ def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
 def test_a_run_folder_of_another_config_is_refused_and_left_alone(tmp_path: Path) -> None:
     begin(Config(run_dir=str(tmp_path), seed=1))
     before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(
-        UserError, match=r"another seed \(1 there, 2 now\), optim.lr \(0.1 there, 0.3 now\): give another run_dir"
-    ):
+    with pytest.raises(UserError, match=r"another seed \(1 there, 2 now\), optim.lr \(0.1 there, 0.3 now\): give another"):
         begin(Config(run_dir=str(tmp_path), seed=2, optim=OptimConfig(lr=0.3)))
     assert (tmp_path / "config.yaml").read_bytes() == before
 
@@ -58,7 +56,14 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         begin(Config(run_dir=str(tmp_path / "file" / "run")))
 
 
-HOLD = "import time; from pathlib import Path; from distrib.folder import occupied\nwith occupied(Path({!r})): print('held', flush=True); time.sleep(60)"
+HOLD = """
+import time
+from pathlib import Path
+from distrib.folder import occupied
+with occupied(Path({!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -75,10 +80,8 @@ def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
     tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "PATIENCE", 0.3)
-    with (
-        pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"),
-        occupied(tmp_path),
-    ):
+    words = rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"
+    with pytest.raises(UserError, match=words), occupied(tmp_path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

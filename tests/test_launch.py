@@ -129,6 +129,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         run_dir = tmp_path_factory.mktemp(name.replace(" ", "_"))
         done = start(launcher, *SMALL, f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, done.stderr
         runs[name] = run_dir, done.stdout
     return runs
 

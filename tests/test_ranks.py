@@ -1,5 +1,6 @@
 """What ranks do together."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -38,3 +39,29 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
         ranks.start(Config())
+
+
+def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, voted = [0.0], []
+    monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
+    ranks.start(Config(precision="no", threads=1))
+    vote = ranks.StopVote(tmp_path)
+    for step in range(5000, 6000):  # goes on after step 5000, at 20 steps a second
+        before = vote.next
+        assert vote(step) == ""
+        if vote.next != before:
+            voted.append(step)
+        clock[0] += 0.05
+    gaps = [b - a for a, b in itertools.pairwise(voted)]
+    assert gaps[:3] == [1, 2, 4]
+    assert set(gaps[4:]) == {10}
+
+
+def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
+    ranks.start(Config(precision="no", threads=1))
+    vote = ranks.StopVote(tmp_path)
+    assert vote(0) == ""
+    (tmp_path / "STOP").write_text("")
+    assert vote(1) == "the file STOP"
+    assert not (tmp_path / "STOP").exists()
+    assert vote(vote.next) == ""
