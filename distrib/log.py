@@ -83,7 +83,8 @@ class Log:
     def closing(self, state: TrainState, ending: Ending) -> None:
         """The line that is left when all is done, or how to go on."""
         if ending.stopped_by:
-            self._say(f"stopped by {ending.stopped_by} after step {state.step:,}, which is saved: the same command goes on")
+            where = f"after step {state.step:,}, which is saved" if state.step else "before the first step"
+            self._say(f"stopped by {ending.stopped_by} {where}: the same command goes on")
             return
         seen = f"{state.step * self.steps.batch_size:,} images seen"
         if ending.steps_per_second:

@@ -1,10 +1,13 @@
 """Real processes, as a user starts them: plain python, torchrun, accelerate launch, launch/local.sh; and what is refused."""
 
+import errno
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from conftest import ROOT, SMALL, launch, points, weights
 from PIL import Image
 
 import train
+from distrib import checkpoint
 
 ACCELERATE = [
     sys.executable,
@@ -77,6 +81,44 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_written(
     capsys.readouterr()
     assert "was begun with another seed (0 there, 1 now): give another run_dir" in told([*keys, "seed=1"], capsys)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, saves: range) -> None:
+    """The disk is full while these saves are made, counted from 0."""
+    write, made = checkpoint.write, []
+
+    def writing(*args: Any) -> None:
+        made.append(args)
+        if len(made) - 1 in saves:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "write", writing)
+
+
+def test_a_run_goes_on_when_a_save_fails_and_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_disk(monkeypatch, range(1, 3))
+    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=10"]) == 0
+    warning = (
+        "warning: no checkpoint of step 20 could be saved: OSError: [Errno 28] No space left on device; it is tried again now"
+    )
+    assert warning in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000040", "step_00000046"]
+
+
+def test_a_run_that_cannot_save_its_end_does_not_exit_with_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_disk(monkeypatch, range(1, 9))
+    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 1
+    assert "train.py: no checkpoint of step 46 could be saved: OSError: [Errno 28]" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000040"]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    monkeypatch.undo()
+    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 0
+    assert "goes on after step 40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])

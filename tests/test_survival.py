@@ -117,7 +117,6 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
 ) -> None:
     run = Run(launcher, tmp_path / "run")
     run.wait_for(r"step 30/276")
-    asked = time.monotonic()
     if target == "file":
         (run.run_dir / "STOP").write_text("")
     else:
@@ -126,12 +125,10 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
         for each in targets:
             each.send_signal(number)
     code = run.end()
-    took = time.monotonic() - asked
     said = re.search(
         r"^stopped by (\S+|the file STOP) after step (\d+), which is saved: the same command goes on$", run.said(), re.M
     )
     assert said, run.said()
-    assert took < 20
     assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
     assert status(run.run_dir) | {"top1": 0} == {
         "state": "stopped",
@@ -149,16 +146,6 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     assert f"goes on after step {said[2]}" in again.said()
     assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1])
     assert status(run.run_dir)["state"] == "completed"
-
-
-def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
-    run = Run("python", tmp_path / "run", "eval_every=1")
-    run.wait_for(r"step 5/276")
-    run.process.send_signal(signal.SIGSTOP)
-    run.process.send_signal(signal.SIGINT)
-    run.process.send_signal(signal.SIGCONT)
-    time.sleep(0.01)
-    assert run.end() in (0, 130)
 
 
 def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
