@@ -26,10 +26,14 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
     with ExitStack() as stack:
 
         def begin(leads: bool) -> None:
-            if leads:
-                refuse_another_run(config, longer=longer)
+            if not leads:
+                return
+            refuse_another_run(config, longer=longer)
+            try:
                 stack.enter_context(occupied(run_dir))
                 replace(run_dir / "config.yaml", to_yaml(config))
+            except OSError as error:
+                raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
 
         def note(state: str, **facts: Any) -> None:
             if ranks.is_first():
@@ -47,12 +51,8 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
 @contextmanager
 def occupied(run_dir: Path) -> Iterator[None]:
     """Make the folder, and keep other trainers out until this process leaves it or dies."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("a+")
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
-    with lock:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("a+") as lock:
         give_up = time.monotonic() + PATIENCE
         while not _locked(lock.fileno()):
             if time.monotonic() > give_up:
