@@ -19,6 +19,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distrib.config import Config
+
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 SMALL = 1 << 20  # bytes: no JSON of ours is larger
@@ -155,15 +157,14 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-class Unsaved(Exception):  # noqa: N818
-    """A run has ended, and its last state is not on the disk."""
-
-
 class Saver:
-    """Writes checkpoints behind the training's back, one at a time; whoever leaves it waits for the last one."""
+    """Writes checkpoints behind the training's back, one at a time; whoever leaves it waits for the last one.
 
-    def __init__(self, run_dir: Path, about: dict[str, Any], keep: int) -> None:
-        self.run_dir, self.about, self.keep = run_dir, about, keep
+    `saved` is called with each one that is on the disk.
+    """
+
+    def __init__(self, config: Config, about: dict[str, Any], saved: Callable[[Snapshot], None]) -> None:
+        self.run_dir, self.keep, self.about, self.saved = Path(config.run_dir), config.keep, about, saved
         self.thread: threading.Thread | None = None
         self.taken: Snapshot | None = None  # the last one, whose memory the next one takes
         self.failure: str | None = None
@@ -190,6 +191,7 @@ class Saver:
     def _write(self, taken: Snapshot) -> None:
         try:
             write(taken, self.run_dir, self.about, self.keep)
+            self.saved(taken)
         except Exception as error:  # whatever it is, training goes on, and all ranks are told
             why = " ".join(str(error).split())
             self.failure = f"no checkpoint of step {taken.step} could be saved: {type(error).__name__}: {why}"

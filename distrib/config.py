@@ -15,6 +15,8 @@ from yaml import YAMLError
 
 T = TypeVar("T")
 
+AUTO = "auto"
+
 USAGE = """\
 usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
        --print-config shows the whole config that would be used, --help all keys"""
@@ -22,6 +24,14 @@ usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
 
 class UserError(ValueError):
     """A mistake that the user can mend: told in one line, without a traceback, and the run ends with exit code 2."""
+
+
+class RunError(RuntimeError):
+    """What ends a run and is no mistake of the user's: told in one line by rank `speaker`; the run ends with exit code 1."""
+
+    def __init__(self, text: str, speaker: int = 0) -> None:
+        super().__init__(text)
+        self.speaker = speaker
 
 
 def key(default: T, meaning: str, within: str = "", *, free: bool = False) -> T:
@@ -39,7 +49,7 @@ class Checked:
     def __post_init__(self) -> None:
         for each in fields(cast(Any, self)):
             value, within = getattr(self, each.name), each.metadata.get("within")
-            if within and not lies_within(value, within):
+            if within and value != AUTO and not (isinstance(value, int | float) and lies_within(value, within)):
                 section = type(self).__name__.removesuffix("Config").lower()
                 name = f"{section}.{each.name}" if section else each.name
                 raise UserError(f"{name} is {value}, not in {within}: {each.metadata['meaning']}")
@@ -85,13 +95,25 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True)
+class LimitsConfig(Checked):
+    start: float = key(1800.0, "seconds that a rank may take until its first step", "(0, inf)", free=True)
+    step: float = key(300.0, "seconds of a step, its images and its exchange with other ranks included", "(0, inf)", free=True)
+    evaluation: float = key(3600.0, "seconds of an evaluation", "(0, inf)", free=True)
+    save: float = key(1800.0, "seconds that training may wait for a checkpoint", "(0, inf)", free=True)
+
+
+@dataclass(frozen=True)
 class Config(Checked):
     run_dir: str = key("", "folder of this run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True)
     seed: int = key(0, "of the initial weights, the order of the images and the noise in them", "[0, inf)")
     epochs: float = key(20.0, "times that the training set is gone through", "(0, inf)")
     batch_size: int = key(128, "images per optimizer step, over all ranks together", "[1, inf)")
-    micro_batches: int = key(1, "parts that a rank's share of a batch is cut into, to fit in memory", "[1, inf)", free=True)
+    micro_batches: int | str = key(
+        AUTO, "parts that a rank's share of a batch is cut into; auto: as few as fit in memory", "[1, inf)", free=True
+    )
     precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 where the device is good at it")
+    nonfinite: Literal["stop", "skip"] = key("stop", "what follows a step whose loss or gradient is not finite", free=True)
+    nonfinite_limit: int = key(5, "such steps in a row that are skipped; one more ends the run", "[1, inf)", free=True)
     log_every: int = key(50, "steps between two reports", "[1, inf)", free=True)
     eval_every: int = key(0, "steps between two evaluations; 0: an epoch", "[0, inf)", free=True)
     save_every: int = key(0, "steps between two checkpoints; 0: an epoch", "[0, inf)", free=True)
@@ -100,6 +122,7 @@ class Config(Checked):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 def load_config(args: Sequence[str]) -> Config:
@@ -128,7 +151,7 @@ def _read(path: Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"there is no config file {path} (looked in {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(f"{path} is no YAML file that can be read: {_one_line(error)}") from None
+        raise UserError(f"{path} is no YAML file that can be read: {one_line(error)}") from None
     if not isinstance(keys, DictConfig):
         raise UserError(f"{path} is a list, not a config: write it as 'key: value' lines")
     return keys
@@ -138,7 +161,7 @@ def _parse(pair: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([pair])
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{pair!r} is not key=value: {_one_line(error)}") from None
+        raise UserError(f"{pair!r} is not key=value: {one_line(error)}") from None
 
 
 def _merged(config: DictConfig, keys: DictConfig, where: str) -> DictConfig:
@@ -164,7 +187,8 @@ def _hint(unknown: str) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -189,7 +213,7 @@ def _keys(config: Any, section: str = "") -> Iterator[tuple[str, str, Any, Any]]
         if is_dataclass(value):
             yield from _keys(value, f"{each.name}.")
         else:
-            choices = "|".join(map(str, get_args(each.type)))
+            choices = "|".join(getattr(choice, "__name__", str(choice)) for choice in get_args(each.type))
             yield section + each.name, choices or cast(type, each.type).__name__, value, each.metadata
 
 

@@ -6,71 +6,91 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distrib import ranks
-from distrib.config import Config, UserError, keys_of_result, read_config, to_yaml
+from distrib.config import Config, RunError, UserError, keys_of_result, one_line, read_config, to_yaml
+from distrib.interrupt import BEGAN
 
 PATIENCE = 10.0  # seconds that another trainer has to leave: one that was just stopped may be saving
+LINGER = 1.0  # seconds in which ranks that lost one see which it was, before they leave too
 
 
 @contextmanager
 def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None]]:
-    """Hold the run folder while this lasts; gives a function that writes status.json. Every rank must call this.
+    """Hold the run folder while this lasts; gives rank 0's `note`. If it fails, why is noted. Every rank must call this.
 
-    Raises UserError if the folder cannot be written, is in use, or was begun with another config.
+    Raises UserError if the folder cannot be written, is in use, or was begun with another config; and RunError, naming the
+    rank, if another one has gone.
     """
     run_dir = Path(config.run_dir)
+    rank, world = ranks.launched_rank(), ranks.launched_world()
     with ExitStack() as stack:
 
-        def begin(leads: bool) -> None:
-            if not leads:
-                return
-            refuse_another_run(config, longer=longer)
+        def begin(leads: bool) -> IO[str]:
             try:
-                stack.enter_context(occupied(run_dir))
-                replace(run_dir / "config.yaml", to_yaml(config))
+                if leads:
+                    refuse_another_run(config, longer=longer)
+                    run_dir.mkdir(parents=True, exist_ok=True)
+                    seconds = up_seconds(run_dir) + time.time() - BEGAN
+                lock = stack.enter_context(occupied(run_dir, rank))
+                if leads:
+                    replace(run_dir / "config.yaml", to_yaml(config))
+                    attempts = noted(run_dir).get("attempts", 0) + 1
+                    begun = {"state": "running", "attempts": attempts, "seconds": seconds}
+                    replace(run_dir / "status.json", json.dumps(begun))
+                return lock
             except OSError as error:
                 raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
 
-        def note(state: str, **facts: Any) -> None:
-            if ranks.is_first():
-                replace(run_dir / "status.json", json.dumps({"state": state, **facts, "attempts": attempts}, indent=2) + "\n")
-
-        ranks.first(begin)
-        attempts = noted(run_dir).get("attempts", 0) + 1
+        lock = ranks.first(begin)
         try:
-            yield note
-        except BaseException as error:
-            note("failed", cause=f"{type(error).__name__}: {' '.join(str(error).split())}")
+            yield partial(note, run_dir) if rank == 0 else lambda *state, **facts: None
+        except (UserError, RunError) as error:
+            if rank == 0:
+                note(run_dir, "failed", cause=one_line(error))
             raise
+        except Exception as error:
+            if not ranks.lost(error):
+                note(run_dir, "failed", cause=f"{type(error).__name__}: {one_line(error)}", rank=rank)
+                raise
+            gone = [other for other in range(world) if other != rank and taken(lock, other)]
+            time.sleep(LINGER)
+            speaker = min(set(range(world)) - {*gone})
+            names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+            if rank == speaker and noted(run_dir).get("state") != "failed":
+                note(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
+            told = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
+            raise RunError(f"{told} ({one_line(error)})", speaker) from None
 
 
 @contextmanager
-def occupied(run_dir: Path) -> Iterator[None]:
-    """Make the folder, and keep other trainers out until this process leaves it or dies."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def occupied(run_dir: Path, rank: int) -> Iterator[IO[str]]:
+    """Keep other trainers out until this process leaves the folder or dies: each rank locks a byte of the file `lock`."""
     with (run_dir / "lock").open("a+") as lock:
         give_up = time.monotonic() + PATIENCE
-        while not _locked(lock.fileno()):
+        while not taken(lock, rank):
             if time.monotonic() > give_up:
                 lock.seek(0)
                 holder = lock.read().strip() or "another trainer"
                 raise UserError(f"run_dir {run_dir} is in use by {holder}: stop that, or give another run_dir")
             time.sleep(0.1)
-        lock.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
-        lock.flush()
-        yield
+        if rank == 0:
+            lock.truncate(0)
+            job = os.environ.get("SLURM_JOB_ID")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+            lock.flush()
+        yield lock
 
 
-def _locked(handle: int) -> bool:
+def taken(lock: IO[str], rank: int) -> bool:
+    """Take the byte of a rank, which tells that this one is not there."""
     try:
         # A record lock: the kernel drops it when this process ends, however it does, and no loader worker inherits it.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         return True
     except OSError:
         return False
@@ -93,6 +113,31 @@ def refuse_another_run(config: Config, *, longer: bool = False) -> None:
         raise UserError(f"{config.run_dir} was begun with another {', '.join(differ.values())}: give another run_dir{more}")
 
 
+def note(run_dir: Path, state: str, **facts: Any) -> None:
+    """Bring status.json up to date; facts that are not given stay as they were.
+
+    `seconds` grows by the time since the last note, and `goodput` is the part of it that went into the saved state.
+    """
+    with suppress(OSError):  # what there is to tell is told elsewhere too, and a full disk ends no run
+        path = run_dir / "status.json"
+        known = noted(run_dir)
+        seconds = known.get("seconds", 0.0) + max(0.0, time.time() - path.stat().st_mtime)
+        told = known | {"state": state, "seconds": round(seconds, 3)} | facts
+        if told.get("kept_seconds") is not None:
+            told["goodput"] = round(told["kept_seconds"] / seconds, 4)
+        replace(path, json.dumps(told, indent=2) + "\n")
+
+
+def ask_for_requeue() -> None:
+    """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is stopped, and can go on."""
+    path = os.environ.get("REQUEUE_FILE")
+    if path and ranks.is_first():
+        try:
+            Path(path).touch()
+        except OSError as error:
+            raise RunError(f"REQUEUE_FILE {path} cannot be made: {error.strerror}") from None
+
+
 def noted(run_dir: Path) -> dict[str, Any]:
     """What status.json says; nothing if it is not there or no JSON."""
     try:
@@ -102,9 +147,24 @@ def noted(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
+def alive(run_dir: Path) -> None:
+    """Show that the run is: a sign that outlives it."""
+    with suppress(OSError):
+        os.utime(run_dir / "lock")
+
+
+def up_seconds(run_dir: Path) -> float:
+    """Seconds that a run was up in all its attempts, the last one until its last sign of life."""
+    try:
+        after = (run_dir / "lock").stat().st_mtime - (run_dir / "status.json").stat().st_mtime
+        return float(noted(run_dir).get("seconds", 0.0)) + max(0.0, after)
+    except (OSError, TypeError, ValueError):
+        return 0.0
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file that has its old content or the new one, whenever this is killed."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("w") as file:
         file.write(text)
         file.flush()

@@ -4,17 +4,21 @@ Nothing slow is imported here: `listen` is called before torch is, so that no si
 """
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SAME_PRESS = 0.5  # seconds in which a second SIGINT comes from the same Ctrl-C: a launcher may pass on what a rank got too
 ORPHANED = 60.0  # seconds in which a run whose launcher died has to be gone
 PR_SET_PDEATHSIG = 1
+BEGAN = time.time()  # of this process, nearly: the imports that take long come after
+SHOW_STACKS = signal.SIGUSR2  # to a loader worker, from its parent
 
 _noted: tuple[int, float] = 0, 0.0  # the last signal, and when it came
 
@@ -59,19 +63,36 @@ def stop_with_launcher() -> None:
         os._exit(1)
 
 
-def guard_worker(worker: int) -> None:
-    """Let only its parent end a loader worker: launchers and SLURM signal every process of a run.
+def guard_worker(worker: int, report: Path) -> None:
+    """Let a loader worker end with its parent or by its hand, and by no other: launchers and SLURM signal every process.
 
-    With a dead worker its rank could not go on to the step on which all of them stop.
+    With a dead worker its rank could not go on to the step on which all of them stop. On SHOW_STACKS from its parent it
+    adds the stacks of its threads to `report`.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, SHOW_STACKS})
     parent = os.getppid()
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        while os.getppid() == parent:
+            heard = signal.sigtimedwait({signal.SIGTERM, SHOW_STACKS}, 1)
+            if heard and heard.si_pid == parent and heard.si_signo == SHOW_STACKS:
+                add_stacks(report, f"loader worker {worker}, process {os.getpid()}")
+            elif heard and heard.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def stack_report(run_dir: str, rank: int) -> Path:
+    """Where the stacks of a rank that hangs, and of its loader workers, are written."""
+    return Path(run_dir, "hang", f"rank_{rank}.txt")
+
+
+def add_stacks(report: Path, title: str) -> None:
+    """Add the stacks of all threads of this process to a file."""
+    with report.open("a") as file:
+        print(f"\n{title}:", file=file, flush=True)
+        faulthandler.dump_traceback(file)

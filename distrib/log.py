@@ -11,7 +11,7 @@ from tqdm import tqdm
 from distrib.config import Config, to_yaml
 from distrib.data.sources import Source
 from distrib.data.steps import Steps
-from distrib.state import Ending, TrainState
+from distrib.state import TrainState
 
 
 class Log:
@@ -80,15 +80,20 @@ class Log:
         """Something went wrong that does not end the run."""
         self._say(f"warning: {text}")
 
-    def closing(self, state: TrainState, ending: Ending) -> None:
+    def text(self, step: int, name: str, text: str) -> None:
+        """What is too long for the console."""
+        if self.writer:
+            self.writer.add_text(name, text, step)
+
+    def closing(self, state: TrainState, stopped_by: str, steps_per_second: float) -> None:
         """The line that is left when all is done, or how to go on."""
-        if ending.stopped_by:
+        if stopped_by:
             where = f"after step {state.step:,}, which is saved" if state.step else "before the first step"
-            self._say(f"stopped by {ending.stopped_by} {where}: the same command goes on")
+            self._say(f"stopped by {stopped_by} {where}: the same command goes on")
             return
         seen = f"{state.step * self.steps.batch_size:,} images seen"
-        if ending.steps_per_second:
-            seen += f" at {ending.steps_per_second * self.steps.batch_size:,.0f} a second"
+        if steps_per_second:
+            seen += f" at {steps_per_second * self.steps.batch_size:,.0f} a second"
         best = f"best {state.best_top1:.2f} % at step {state.best_step:,}"
         self._say(f"done: top1 {state.top1:.2f} %, {best}; {seen}; tensorboard --logdir {Path(self.config.run_dir).parent}")
 

@@ -1,80 +1,102 @@
 """The loop: what a step does, what an evaluation does, and when each is due."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from time import perf_counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
+from torch import Tensor, nn
 
 from distrib import ranks
-from distrib.checkpoint import Saver, Unsaved
-from distrib.config import Config
+from distrib.checkpoint import Saver
+from distrib.config import Config, RunError
 from distrib.data.loaders import Batch, Loader
 from distrib.data.steps import DROPOUT, fold
+from distrib.health import check_replicas, check_steps, gradient_norm
 from distrib.log import Log
 from distrib.metrics import means, totals, zeros
 from distrib.optim import Schedule, set_learning_rate
-from distrib.state import Ending, TrainState, about, snapshot
+from distrib.state import TrainState, snapshot
+from distrib.watch import Watch
 
 
-def fit(state: TrainState, loader: Loader, schedule: Schedule, config: Config, accelerator: Accelerator, log: Log) -> Ending:
-    """Train from `state.step` to the end of `schedule`, or until someone asks to stop. Every rank must call this.
+@dataclass(frozen=True)
+class Run:
+    """What a run works with; only `TrainState` changes."""
 
-    Raises Unsaved if the last state could not be saved.
+    config: Config
+    accelerator: Accelerator
+    loader: Loader
+    schedule: Schedule
+    log: Log
+    saver: Saver
+    watch: Watch
+
+
+def fit(state: TrainState, run: Run) -> str:
+    """Train from `state.step` to the end of the schedule, or until someone asks to stop; returns who did, or "".
+
+    Every rank must call this. Raises RunError if numbers went wrong, or if the last state could not be saved.
     """
-    epoch, clock, vote = loader.steps.per_epoch, Clock(), ranks.StopVote(Path(config.run_dir))
-    saved, stopper = state.step, ""
-    with Saver(Path(config.run_dir), about(config, accelerator.num_processes), config.keep) as saver:
-        for batch in loader.train(range(state.step, schedule.total)):
-            stopper = vote(state.step)
-            if stopper:
-                break
-            rate = schedule(state.step)
-            train_step(state, batch, rate, config, accelerator)
-            log.tick(state.step)
-            clock.lap_steps += 1
+    config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
+    vote, stopper, saved = ranks.StopVote(config), "", state.step
+    run.watch.enter("step")
+    for batch in run.loader.train(range(state.step, total)):
+        stopper = vote(state.step)
+        if stopper:
+            break
+        rate = run.schedule(state.step)
+        train_step(state, batch, rate, config, run.accelerator)
+        run.watch.stepped()
+        run.log.tick(state.step)
 
-            if due(state.step, config.log_every, schedule.total):
-                report(state, rate, clock, config, accelerator, log)
-            with clock.paused():
-                if due(state.step, config.eval_every or epoch, schedule.total):
-                    validate(state, loader, accelerator, log)
-                if due(state.step, config.save_every or epoch, schedule.total):
-                    saved = save(state, saver, accelerator, log)
+        if due(state.step, config.log_every, total):
+            report(state, rate, run)
+        if due(state.step, config.eval_every or epoch, total):
+            validate(state, run)
+        if due(state.step, config.save_every or epoch, total):
+            saved = save(state, run)
 
-        if saved != state.step:
-            save(state, saver, accelerator, log)
-        failure = ranks.agreed(saver.wait())
+    if saved != state.step:
+        save(state, run)
+    with run.watch.during("save"):
+        failure = ranks.agreed(run.saver.wait())
     if failure:
-        raise Unsaved(failure)
-    return Ending(stopper, clock.overall())
+        raise RunError(failure)
+    return stopper
 
 
-def save(state: TrainState, saver: Saver, accelerator: Accelerator, log: Log) -> int:
-    """Begin to write a checkpoint; returns its step. Tell if the one before was not written. Every rank must call this."""
-    failure = ranks.agreed(saver.wait())
-    if failure:
-        log.warn(f"{failure}; it is tried again now")
-    log.flush()  # the checkpoint will say that all up to here is done
-    pool(state, accelerator)
-    if accelerator.is_main_process:
-        saver.save(snapshot(state, saver.taken))
+def save(state: TrainState, run: Run) -> int:
+    """Begin to write a checkpoint; returns its step. Tell if the one before was not written. Every rank must call this.
+
+    Raises RunError if a step was not finite or the ranks' weights differ: that is not worth saving.
+    """
+    with run.watch.during("save"):
+        check_steps(state, run.config, run.loader.steps, run.accelerator, run.log)
+        check_replicas(state, run.accelerator)
+        failure = ranks.agreed(run.saver.wait())
+        if failure:
+            run.log.warn(f"{failure}; it is tried again now")
+        run.log.flush()  # the checkpoint will say that all up to here is done
+        pool(state, run.accelerator)
+        state.kept_seconds += run.watch.taken()
+        if run.accelerator.is_main_process:
+            run.saver.save(snapshot(state, run.saver.taken))
     return state.step
 
 
-def report(state: TrainState, rate: float, clock: "Clock", config: Config, accelerator: Accelerator, log: Log) -> None:
+def report(state: TrainState, rate: float, run: Run) -> None:
     """Report the training since the last report, over all ranks. Every rank must call this."""
-    values = means(accelerator.reduce(state.sums))  # waits for the device, so that the clock counts what was done
+    check_steps(state, run.config, run.loader.steps, run.accelerator, run.log)
+    values = means(run.accelerator.reduce(state.sums))  # waits for the device, so that the clock counts what was done
     del values["top5"]
-    values |= {"lr": rate, "images_per_second": clock.lap() * config.batch_size}
-    if accelerator.scaler is not None:
+    values |= {"lr": rate, "images_per_second": run.watch.lap() * run.config.batch_size}
+    if state.skipped_steps or state.scaler:
         values["skipped_steps"] = state.skipped_steps
-    log.training(state.step, values)
+    run.log.training(state.step, values)
     state.sums.zero_()
 
 
@@ -84,29 +106,51 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def train_step(state: TrainState, batch: Batch, rate: float, config: Config, accelerator: Accelerator) -> None:
-    """One optimizer step on this rank's share of a batch, in `config.micro_batches` parts. Nothing here waits for the device.
+    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts. Nothing here waits for the device.
 
-    Each part's loss has the weight of its images, so parts may be uneven: the gradient is that of the whole batch.
+    Each part's loss has the weight of its images, so parts may be uneven: the gradient is that of the whole batch. If that
+    is not finite, on any rank, no rank's weights change.
     """
     seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
-    parts = list(zip(*(each.tensor_split(config.micro_batches) for each in batch), strict=True))
+    statistics = [buffer.clone() for buffer in state.network.buffers()] if config.nonfinite == "skip" else []
+    sums = zeros(accelerator.device)
+    parts = list(zip(*(each.tensor_split(state.micro_batches) for each in batch), strict=True))
     for i, (images, labels) in enumerate(parts, 1):
         # The ranks need to agree on the gradient only once.
         with nullcontext() if i == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
-            accelerator.backward(loss * (len(labels) / len(batch.labels)))
-        state.sums += totals(logits, labels)
+            share = len(labels) / len(batch.labels)
+            # Divided by 0 if it is not finite: so the gradient is not either, and all ranks get to know.
+            accelerator.backward(loss * share / loss.detach().isfinite())
+        sums += totals(logits, labels)
 
-    if config.optim.clip_norm:
-        accelerator.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
     set_learning_rate(state.optimizer, rate)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.skipped_steps += accelerator.optimizer_step_was_skipped
+    norm = update(state, gradient_norm(state, config, accelerator), accelerator)
+    finite = norm.isfinite()
+    state.sums += torch.where(finite, sums, 0)
+    state.signs.append(torch.stack([norm, sums[0]]))
+    for buffer, before in zip(state.network.buffers(), statistics, strict=False):
+        buffer.copy_(torch.where(finite, buffer, before))
     if state.average is not None:
         state.average.update_parameters(state.network)
     state.step += 1
+
+
+def update(state: TrainState, norm: Tensor, accelerator: Accelerator) -> Tensor:
+    """Step the optimizer, which changes nothing if the gradient's `norm` is not finite; returns the norm.
+
+    fp16's scaler looks for itself, and gradients that overflow are its daily work: they count only where it can go no lower.
+    """
+    optimizer: Any = state.optimizer
+    if not state.scaler:
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, by torch's fused optimizers
+    optimizer.step()
+    optimizer.zero_grad()
+    if state.scaler and accelerator.optimizer_step_was_skipped and state.scaler.get_scale() >= 1:
+        state.skipped_steps += 1
+        return torch.zeros_like(norm)
+    return norm
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -116,22 +160,24 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
 
 
-def validate(state: TrainState, loader: Loader, accelerator: Accelerator, log: Log) -> None:
+def validate(state: TrainState, run: Run) -> None:
     """Evaluate the network, and the moving average if there is one; note the accuracy. Every rank must call this."""
     models: dict[str, nn.Module] = {"val": state.network}
     if state.average is not None:
         models["val_average"] = state.average
-    for group, model in models.items():
-        values = evaluate(model, loader, accelerator)
-        log.validation(state.step, group, values)
-        state.top1, state.evaluated_step = values["top1"], state.step
+    part = -(-run.loader.steps.share // state.micro_batches)  # images that are known to fit in memory at once
+    with run.watch.during("evaluation"):
+        for group, model in models.items():
+            values = evaluate(model, run.loader, part, run.accelerator)
+            run.log.validation(state.step, group, values)
+            state.top1, state.evaluated_step = values["top1"], state.step
     if state.top1 > state.best_top1:
         state.best_top1, state.best_step = state.top1, state.step
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> dict[str, float]:
-    """Loss, top1 and top5 over the whole validation set, each image counted once. Every rank must call this.
+def evaluate(model: nn.Module, loader: Loader, part: int, accelerator: Accelerator) -> dict[str, float]:
+    """Loss, top1 and top5 over the whole validation set, `part` images at a time, each counted once. Every rank must call this.
 
     The ranks' shares may be uneven: `model` is not the DDP one, so nothing is exchanged before the sums are.
     """
@@ -139,7 +185,7 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> dict
         broadcast(buffer)  # each rank has batch statistics of its own images; rank 0's are those that are saved
     sums = zeros(accelerator.device)
     model.eval()
-    for images, labels in loader.val():
+    for images, labels in loader.val(part):
         with accelerator.autocast():
             logits = model(images)
         sums += totals(logits, labels)
@@ -154,29 +200,3 @@ def pool(state: TrainState, accelerator: Accelerator) -> None:
     """Move the ranks' sums to rank 0, which reports or saves them. Every rank must call this."""
     pooled = accelerator.reduce(state.sums)
     state.sums.copy_(pooled) if accelerator.is_main_process else state.sums.zero_()
-
-
-class Clock:
-    """Time spent on training, in seconds, without what it is paused for."""
-
-    def __init__(self) -> None:
-        self.began = self.lap_began = perf_counter()
-        self.steps = self.lap_steps = 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        since = perf_counter()
-        yield
-        pause = perf_counter() - since
-        self.began, self.lap_began = self.began + pause, self.lap_began + pause
-
-    def lap(self) -> float:
-        """Steps per second since the last lap."""
-        now = perf_counter()
-        speed = self.lap_steps / (now - self.lap_began)
-        self.steps, self.lap_steps, self.lap_began = self.steps + self.lap_steps, 0, now
-        return speed
-
-    def overall(self) -> float:
-        """Steps per second up to the last lap."""
-        return self.steps / (self.lap_began - self.began) if self.steps else 0.0

@@ -7,8 +7,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distrib import interrupt
-from distrib.config import Config, UserError
+from distrib.config import Config, UserError, one_line
 from distrib.precision import choose_precision
 
 T = TypeVar("T")
@@ -25,7 +27,7 @@ T = TypeVar("T")
 # What torch's backends say when the other end of a connection has gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted")
 
-PATIENCE = 5.0  # seconds that rank 0 has to tell of a mistake, before another rank that met it does
+PATIENCE = 5.0  # seconds that one rank has to tell of a mistake, before another rank that met it does
 
 
 def start(config: Config) -> tuple[Accelerator, str]:
@@ -42,8 +44,9 @@ def start(config: Config) -> tuple[Accelerator, str]:
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: {way_out}")
 
+    join("cuda" if gpus else "cpu", config)
     state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
-    assert state.num_processes == int(os.environ.get("WORLD_SIZE", "1")), state.num_processes
+    assert state.num_processes == launched_world(), state.num_processes
     choices = gather_object([choose_precision(config.precision, state.device)])
     precision, why = next((choice for choice in choices if choice[0] == "no"), choices[0])
     accelerator = Accelerator(
@@ -53,6 +56,26 @@ def start(config: Config) -> tuple[Accelerator, str]:
     )
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     return accelerator, f"ranks {state.num_processes}, device {device}, threads {threads}, precision {precision} ({why})"
+
+
+def join(device: str, config: Config) -> None:
+    """Meet the other ranks, if there are any. What is exchanged with them fails after the longest of the limits.
+
+    A launcher that restarts its ranks keeps their store, and the keys of the ranks that died are in it: with those, two in
+    three restarts fail or hang. So each attempt has keys of its own.
+    """
+    if launched_world() == 1 or torch.distributed.is_initialized():
+        return
+    limit, distributed = patience(config), cast(Any, torch.distributed)
+    store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
+    attempt = distributed.PrefixStore(f"attempt {from_environment('TORCHELASTIC_RESTART_COUNT', default=0)}", store)
+    backend = distributed.get_default_backend_for_device(device)
+    distributed.init_process_group(backend, timeout=limit, store=attempt, rank=rank, world_size=world)
+
+
+def patience(config: Config) -> timedelta:
+    """How long a rank waits for another: a little longer than any of them may take, so that its watchdog speaks first."""
+    return timedelta(seconds=max(asdict(config.limits).values()) + 30)
 
 
 def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
@@ -70,7 +93,7 @@ def cores() -> int:
 
 def refuse_lone_processes() -> None:
     """Raise UserError if a launcher started several processes without telling them how to find each other."""
-    started = from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+    started = launched_world()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if started > 1 and missing:
@@ -88,6 +111,16 @@ def from_environment(*names: str, default: int) -> int:
 def launched_rank() -> int:
     """This process's rank, also before it has joined the others."""
     return from_environment("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
+
+
+def launched_world() -> int:
+    """The number of ranks, also before this process has joined them."""
+    return from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error is that of a rank which has lost another one."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def first(action: Callable[[bool], T]) -> T:
@@ -129,10 +162,10 @@ class StopVote:
     PERIOD = 0.5  # seconds
     BY_FILE = 100  # greater than the number of any signal
 
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / "STOP"
+    def __init__(self, config: Config) -> None:
+        self.file = Path(config.run_dir, "STOP")
         self.several = PartialState().num_processes > 1
-        self.group: Any = torch.distributed.new_group(backend="gloo") if self.several else None
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=patience(config)) if self.several else None
         self.next = 0  # the step that is voted on next
         self.last: tuple[int, float] | None = None  # the one that was last voted on, and when
 
@@ -166,19 +199,19 @@ def say(text: str) -> int:
     return 0
 
 
-def refuse(error: Exception, code: int) -> int:
+def refuse(error: Exception, code: int, speaker: int = 0) -> int:
     """Say in a line what is wrong, once; returns the exit code.
 
-    Rank 0 speaks. Another rank does only if rank 0 is still there after a while, and so has not met the mistake.
+    Rank `speaker` does. Another one does only if it is still there after a while: then the speaker has not met the mistake.
     """
     rank = launched_rank()
-    if rank:
+    if rank != speaker:
         give_up = time.monotonic() + PATIENCE
         while time.monotonic() < give_up:
-            if interrupt.asked() == signal.SIGTERM:  # the launcher's: rank 0 has spoken and left
+            if interrupt.asked() == signal.SIGTERM:  # the launcher's: a rank has spoken and left
                 return code
             time.sleep(0.05)
-    print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    print(f"train.py: {f'rank {rank}: ' if rank != speaker else ''}{error}", file=sys.stderr, flush=True)
     return code
 
 
@@ -187,9 +220,8 @@ def fail(error: Exception) -> int:
 
     If it is that another rank has gone, the other one tells why, and a line is enough here.
     """
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
-        rank = launched_rank()
-        print(f"train.py: rank {rank} leaves, since another rank is gone ({str(error).splitlines()[0]})", file=sys.stderr)
+    if lost(error):
+        print(f"train.py: rank {launched_rank()} leaves, since another rank is gone ({one_line(error)})", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1

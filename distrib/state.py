@@ -1,10 +1,10 @@
 """All that changes while a run goes on; how it becomes a checkpoint, and how a checkpoint becomes it again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from distrib.config import Config, UserError, digest
 
 # A checkpoint's numbers, with their types in JSON.
 NUMBER_TYPES = {"step": int, "top1": float, "evaluated_step": int, "best_top1": float, "best_step": int, "skipped_steps": int}
+NUMBER_TYPES |= {"nonfinite_in_a_row": int, "kept_seconds": float}
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -36,7 +37,11 @@ class TrainState:
     evaluated_step: int = 0
     best_top1: float = 0.0
     best_step: int = 0
-    skipped_steps: int = 0  # by fp16's scaler, since gradients overflowed
+    skipped_steps: int = 0  # since gradients overflowed in fp16, or were not finite
+    nonfinite_in_a_row: int = 0
+    kept_seconds: float = 0.0  # of steps and evaluations that led here
+    micro_batches: int = 1  # parts that a share is cut into
+    signs: list[Tensor] = field(default_factory=list)  # (gradient norm, loss) of the steps since they were last looked at
 
     @property
     def scaler(self) -> Any:
@@ -59,11 +64,9 @@ class TrainState:
         }
 
 
-class Ending(NamedTuple):
-    """How the loop ended: who stopped it, "" if it came to its end, and how fast it was."""
-
-    stopped_by: str
-    steps_per_second: float
+def progress(numbers: dict[str, Any]) -> dict[str, Any]:
+    """What status.json says of a state's numbers."""
+    return {name: numbers[name] for name in ("step", "top1", "kept_seconds")}
 
 
 def about(config: Config, world: int) -> dict[str, Any]:

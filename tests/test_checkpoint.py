@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distrib import checkpoint
 from distrib.checkpoint import MANIFEST, NUMBERS, TENSORS, Damaged, Saver, Snapshot, checkpoints, newest, prune, write
+from distrib.config import Config
 
 ABOUT = {"config": "a digest", "world": 2}
 
@@ -241,7 +242,8 @@ def test_weights_that_are_not_finite_are_never_committed(tmp_path: Path, value: 
 
 
 def test_a_saver_works_behind_the_back_and_tells_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Saver(tmp_path, ABOUT, keep=2) as saver:
+    on_disk: list[int] = []
+    with Saver(Config(run_dir=str(tmp_path)), ABOUT, lambda saved: on_disk.append(saved.step)) as saver:
         saver.save(taken(1))
         assert saver.wait() is None
         with monkeypatch.context() as full:
@@ -250,6 +252,7 @@ def test_a_saver_works_behind_the_back_and_tells_what_went_wrong(tmp_path: Path,
             assert saver.wait() == "no checkpoint of step 2 could be saved: OSError: [Errno 28] No space left on device"
         saver.save(taken(3))
     assert found(tmp_path) == (3, [])
+    assert on_disk == [1, 3]
 
 
 def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
     good = picture(tmp_path / "good.jpg")
     for path in damaged(tmp_path).values():
         with pytest.raises(UserError) as told:
-            list(Streamed(reader([good, path]), CPU, workers).read([Share(0, torch.tensor([0, 1]))]))
+            list(Streamed(reader([good, path]), CPU, workers, tmp_path / "stacks.txt").read([Share(0, torch.tensor([0, 1]))]))
         assert str(told.value).startswith(f"{path} cannot be read as an image: ")
         assert "\n" not in str(told.value)
 
@@ -102,7 +102,9 @@ def test_a_crop_follows_the_image_the_epoch_and_the_seed_and_not_the_batch(tmp_p
 def test_workers_read_what_one_process_would(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{i}.jpg") for i in range(9)]
     shares = [Share(epoch, torch.randperm(9)[:4]) for epoch in range(5)]
-    alone, helped = (list(Streamed(reader(paths, 0.3), CPU, workers).read(iter(shares))) for workers in (0, 2))
+    alone, helped = (
+        list(Streamed(reader(paths, 0.3), CPU, workers, tmp_path / "stacks.txt").read(iter(shares))) for workers in (0, 2)
+    )
     for (a, images_a, labels_a), (b, images_b, labels_b) in zip(alone, helped, strict=True):
         assert a.epoch == b.epoch
         assert torch.equal(a.images, b.images)

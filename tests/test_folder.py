@@ -1,6 +1,5 @@
 """The run folder: one config, one trainer."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from distrib import folder
-from distrib.config import Config, OptimConfig, UserError, read_config
-from distrib.folder import held, occupied, refuse_another_run
+from distrib.config import Config, OptimConfig, RunError, UserError, read_config
+from distrib.folder import held, noted, occupied, refuse_another_run
 
 
 def begin(config: Config, *, longer: bool = False) -> None:
@@ -60,7 +59,7 @@ HOLD = """
 import time
 from pathlib import Path
 from distrib.folder import occupied
-with occupied(Path({!r})):
+with occupied(Path({!r}), 0):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -81,18 +80,18 @@ def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
 ) -> None:
     monkeypatch.setattr(folder, "PATIENCE", 0.3)
     words = rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"
-    with pytest.raises(UserError, match=words), occupied(tmp_path):
+    with pytest.raises(UserError, match=words), occupied(tmp_path, 0):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with occupied(tmp_path):
+    with occupied(tmp_path, 0):
         assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
 
 
 def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     began = time.monotonic()
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
-    with occupied(tmp_path):
+    with occupied(tmp_path, 0):
         assert time.monotonic() - began > 0.4
     killer.wait()
     holder.wait()
@@ -101,10 +100,43 @@ def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: 
 def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path))
     with held(config) as note:
-        note("running", step=3)
-        assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 3, "attempts": 1}
+        time.sleep(0.2)
+        note("running", step=3, kept_seconds=0.1)
+        status = noted(tmp_path)
+        assert status.items() >= {"state": "running", "step": 3, "attempts": 1}.items()
+        assert status["goodput"] == pytest.approx(0.1 / status["seconds"], abs=1e-3)
     with pytest.raises(ZeroDivisionError), held(config):
         1 / 0  # noqa: B018
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert status == {"state": "failed", "cause": "ZeroDivisionError: division by zero", "attempts": 2}
+    failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2}
+    assert noted(tmp_path).items() >= failed.items()
     refuse_another_run(config)
+
+
+def test_the_time_of_a_killed_attempt_counts_up_to_its_last_sign_of_life(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    begin(config)
+    folder.replace(tmp_path / "status.json", '{"seconds": 7.5}')
+    os.utime(tmp_path / "status.json", (1000, 1000))
+    os.utime(tmp_path / "lock", (1002.5, 1002.5))
+    assert folder.up_seconds(tmp_path) == 10
+
+
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with held(Config(run_dir=str(tmp_path))) as note:
+        monkeypatch.setattr(folder, "replace", full)
+        note("running", step=3)
+
+
+def test_a_stopped_run_asks_for_its_requeue_where_there_is_a_file_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.ask_for_requeue()
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
+    folder.ask_for_requeue()
+    assert (tmp_path / "requeue").exists()
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "not there" / "requeue"))
+    with pytest.raises(RunError, match=r"requeue cannot be made: No such file or directory"):
+        folder.ask_for_requeue()

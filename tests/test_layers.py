@@ -12,8 +12,9 @@ FILES = {
 }
 LAYERS = [  # each may import from those below it
     ["train.py"],
-    ["distrib/loop.py", "distrib/folder.py"],
-    ["distrib/log.py"],
+    ["distrib/loop.py"],
+    ["distrib/watch.py", "distrib/memory.py", "distrib/health.py"],
+    ["distrib/log.py", "distrib/folder.py"],
     ["distrib/state.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
@@ -22,7 +23,7 @@ LAYERS = [  # each may import from those below it
     ["distrib/config.py", "distrib/interrupt.py"],
 ]
 DOORS = {
-    "accelerate": {"train.py", "distrib/ranks.py", "distrib/loop.py"},
+    "accelerate": {"distrib/ranks.py", "distrib/loop.py", "distrib/memory.py", "distrib/health.py"},
     "omegaconf": {"distrib/config.py"},
     "tqdm": {"distrib/log.py"},
     "torchvision": {"distrib/data/sources.py", "distrib/models.py"},

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,15 @@ from conftest import SMALL, points, weights
 from torch import Tensor, nn
 
 import train
-from distrib import loop, ranks
+from distrib import loop
 from distrib.config import Config, OptimConfig, load_config
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
 from distrib.log import Log
-from distrib.loop import Clock, TrainState, due, evaluate, report, train_step
+from distrib.loop import TrainState, due, evaluate, report, train_step
 from distrib.metrics import zeros
 from distrib.optim import build_optimizer
+from distrib.watch import Watch
 
 
 class Kill(Exception):  # noqa: N818
@@ -29,9 +31,7 @@ class Kill(Exception):  # noqa: N818
 
 def run(run_dir: Path, *args: str) -> TrainState:
     config = load_config([*SMALL, f"run_dir={run_dir}", "threads=1", *args])
-    accelerator, setup = ranks.start(config)
-    longer = any(arg.startswith("epochs=") for arg in args)
-    return train.train(config, accelerator, setup, longer=longer)
+    return train.train(config, longer=any(arg.startswith("epochs=") for arg in args))
 
 
 def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: str) -> None:
@@ -107,9 +107,10 @@ def test_parts_of_any_size_give_the_gradient_of_the_whole(parts: int) -> None:
     batch = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
     gradient = torch.autograd.grad(F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1), model[1].weight)[0]
     before = model[1].weight.detach().clone()
-    config = Config(micro_batches=parts, optim=OptimConfig(momentum=0, weight_decay=0, label_smoothing=0.1))
+    config = Config(optim=OptimConfig(momentum=0, weight_decay=0, label_smoothing=0.1))
     accelerator = Accelerator(cpu=True)
     state = plain_state(model, accelerator, config.optim)
+    state.micro_batches = parts
     train_step(state, batch, 0.5, config, accelerator)
     torch.testing.assert_close(before - model[1].weight, 0.5 * gradient)
     assert state.step == 1
@@ -148,9 +149,11 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
     assert (state.skipped_steps, state.step) == (1, 2)
     assert not torch.equal(model[1].weight, before)
     with Log(replace(config, run_dir=str(tmp_path)), 0, 2, Steps(100, 7, 0), silent=False) as log:
-        clock = Clock()
-        clock.lap_steps = 1
-        report(state, 0.1, clock, config, accelerator, log)
+        loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
+        unused: Any = None
+        watch = Watch(config)
+        watch.stepped()
+        report(state, 0.1, loop.Run(config, accelerator, loader, unused, log, unused, watch))
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
 
 
@@ -167,20 +170,20 @@ class OddLoader:
     def __init__(self, lost: int) -> None:
         self.source, self.lost = type("Source", (), {"val": range(11)})(), lost
 
-    def val(self) -> Any:
+    def val(self, size: int) -> Any:
         images = torch.arange(11.0 - self.lost).view(-1, 1, 1, 1)
         labels = torch.arange(11 - self.lost) % 10
         labels[0] = 5
-        return (Batch(*each) for each in zip(images.split(4), labels.split(4), strict=True))
+        return (Batch(*each) for each in zip(images.split(size), labels.split(size), strict=True))
 
 
 def test_an_evaluation_counts_each_image_once_and_says_so_if_one_is_lost() -> None:
     accelerator = Accelerator(cpu=True)
     whole: Any = OddLoader(lost=0)
-    assert evaluate(Memorizer(), whole, accelerator)["top1"] == pytest.approx(100 * 10 / 11)
+    assert evaluate(Memorizer(), whole, 4, accelerator)["top1"] == pytest.approx(100 * 10 / 11)
     torn: Any = OddLoader(lost=1)
     with pytest.raises(AssertionError, match=r"\(10, 11\)"):
-        evaluate(Memorizer(), torn, accelerator)
+        evaluate(Memorizer(), torn, 4, accelerator)
 
 
 def test_dropout_differs_between_steps_and_ranks_and_not_between_tries() -> None:
@@ -208,7 +211,6 @@ def test_the_config_of_cifar10_trains_on_files_of_the_true_format(tmp_path: Path
     config = load_config(
         ["configs/cifar10.yaml", f"run_dir={tmp_path / 'run'}", f"data.root={tmp_path}", "epochs=1", "batch_size=20"]
     )
-    accelerator, _ = ranks.start(config)
-    state = train.train(replace(config, precision="no"), accelerator)
+    state = train.train(replace(config, precision="no"))
     assert state.step == 5
     assert points(tmp_path / "run")["val/top5"]

@@ -45,7 +45,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
     clock, voted = [0.0], []
     monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
     ranks.start(Config(precision="no", threads=1))
-    vote = ranks.StopVote(tmp_path)
+    vote = ranks.StopVote(Config(run_dir=str(tmp_path)))
     for step in range(5000, 6000):  # goes on after step 5000, at 20 steps a second
         before = vote.next
         assert vote(step) == ""
@@ -59,7 +59,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
 
 def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
     ranks.start(Config(precision="no", threads=1))
-    vote = ranks.StopVote(tmp_path)
+    vote = ranks.StopVote(Config(run_dir=str(tmp_path)))
     assert vote(0) == ""
     (tmp_path / "STOP").write_text("")
     assert vote(1) == "the file STOP"

@@ -130,13 +130,8 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     )
     assert said, run.said()
     assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
-    assert status(run.run_dir) | {"top1": 0} == {
-        "state": "stopped",
-        "step": int(said[2]),
-        "top1": 0,
-        "cause": said[1],
-        "attempts": 1,
-    }
+    stopped = {"state": "stopped", "step": int(said[2]), "cause": said[1], "attempts": 1}
+    assert status(run.run_dir).items() >= stopped.items()
     if target != "launcher" or launcher == "python":
         assert code == 0
     assert not (run.run_dir / "STOP").exists()

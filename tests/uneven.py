@@ -111,13 +111,12 @@ def main(out: Path) -> None:
     for way, keys in WAYS.items():
         run_dir = out / way
         config: Config = load_config([f"run_dir={run_dir}", f"data.root={out.parent / 'folder'}", *KEYS, *NOISE, *keys])
-        accelerator, _ = ranks.start(config)
         seen = Seen()
         watch(seen)
-        state = train.train(config, accelerator)
+        state = train.train(config)
         loaders.Augment.__call__, loop.train_step = plain_augment, train_step
         noted = {"ids": seen.ids, "batches": seen.batches, "exchanged": seen.exchanged, "network": state.network.state_dict()}
-        torch.save(noted, run_dir / f"rank{accelerator.process_index}.pt")
+        torch.save(noted, run_dir / f"rank{ranks.launched_rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Batches on the device: the images of each step, whether their set is in memory or workers read it from files."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from distrib.data.augment import Augment, normalized
 from distrib.data.files import Reader
 from distrib.data.sources import Arrays, Source
 from distrib.data.steps import Share, Steps, contiguous
-from distrib.interrupt import guard_worker
+from distrib.interrupt import guard_worker, stack_report
 
 Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels, on the device
 
@@ -39,13 +41,14 @@ class Resident:
 class Streamed:
     """A set of files, which worker processes read ahead."""
 
-    def __init__(self, reader: Reader, device: torch.device, workers: int) -> None:
+    def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
         self.reader, self.device, self.workers = reader, device, workers
+        self.guard = partial(guard_worker, report=report)
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
         reader: Any = self.reader  # has __getitem__, which is all that is asked of a data set whose sampler yields shares
         pinned = self.device.type == "cuda"
-        options: Any = {"num_workers": self.workers, "worker_init_fn": guard_worker, "pin_memory": pinned}
+        options: Any = {"num_workers": self.workers, "worker_init_fn": self.guard, "pin_memory": pinned}
         for read in DataLoader(reader, sampler=shares, batch_size=None, **options):
             if isinstance(read, UserError):
                 raise read
@@ -59,15 +62,11 @@ class Loader:
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         self.augment = Augment(config.data, config.seed)
-        if config.micro_batches > steps.share:
-            few = f"micro_batches {config.micro_batches} is more than the {steps.share} images of a rank's share of a batch"
-            raise UserError(f"{few}: use {steps.share} or fewer")
-        self.part = -(-steps.share // config.micro_batches)  # images that are known to fit in memory at once
-        workers = config.data.workers
+        workers, report = config.data.workers, stack_report(config.run_dir, steps.rank)
         self.sets = [
             Resident(images, device)
             if isinstance(images, Arrays)
-            else Streamed(Reader(images, config.seed, crop_area), device, workers)
+            else Streamed(Reader(images, config.seed, crop_area), device, workers, report)
             for images, crop_area in ((source.train, config.data.crop_area), (source.val, None))
         ]
         self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (source.mean, source.std))
@@ -76,7 +75,8 @@ class Loader:
         for share, images, labels in self.sets[0].read(map(self.steps, steps)):
             yield Batch(normalized(self.augment(images, share), self.mean, self.std), labels)
 
-    def val(self) -> Iterator[Batch]:
-        shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, self.part)
+    def val(self, size: int) -> Iterator[Batch]:
+        """This rank's part of the validation set, `size` images at a time."""
+        shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, size)
         for _, images, labels in self.sets[1].read(shares):
             yield Batch(normalized(images, self.mean, self.std), labels)

@@ -4,7 +4,7 @@ Nothing here depends on the number of ranks or workers, on the device, or on how
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -107,6 +107,10 @@ class Steps:
     def share(self) -> int:
         """Images of a rank in each step."""
         return self.batch_size // self.world
+
+    def of_rank(self, rank: int) -> "Steps":
+        """The same steps as another rank sees them."""
+        return replace(self, rank=rank)
 
     def __call__(self, step: int) -> Share:
         epoch, batch = divmod(step, self.per_epoch)

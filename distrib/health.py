@@ -1,0 +1,77 @@
+"""Numbers that went wrong: found on every rank in the same step, before they reach a weight or a checkpoint.
+
+What a step has to tell stays on the device until somebody waits for that anyway: before a report, and before a save.
+"""
+
+import math
+from collections import Counter
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from distrib.config import Config, RunError
+from distrib.data.steps import Steps
+from distrib.log import Log
+from distrib.state import TrainState
+
+
+def gradient_norm(state: TrainState, config: Config, accelerator: Accelerator) -> Tensor:
+    """The 2-norm of the whole gradient, which is then cut to `clip_norm`: not finite on one rank, not finite on any."""
+    weights = [weight for weight in state.network.parameters() if weight.grad is not None]
+    if config.optim.clip_norm or state.scaler:
+        norm: Tensor = accelerator.clip_grad_norm_(weights, config.optim.clip_norm or math.inf)
+        return norm
+    return get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+
+
+def check_steps(state: TrainState, config: Config, steps: Steps, accelerator: Accelerator, log: Log) -> None:
+    """Look at the steps since the last look. Every rank must call this.
+
+    Raises RunError if one was not finite and `nonfinite` is stop, or if more than `nonfinite_limit` in a row were.
+    """
+    if not state.signs:
+        return
+    signs = torch.stack(state.signs).tolist()
+    first = state.step - len(signs)
+    state.signs.clear()
+    for step, (norm, loss) in enumerate(signs, first):
+        if math.isfinite(norm):
+            state.nonfinite_in_a_row = 0
+            continue
+        state.nonfinite_in_a_row += 1
+        state.skipped_steps += 1
+        odd = [rank for rank, ok in enumerate(gather_object([math.isfinite(loss)])) if not ok]
+        where = f"the loss of rank {', '.join(map(str, odd))}" if odd else "the gradient"
+        images = [each for rank in odd or range(steps.world) for each in steps.of_rank(rank)(step).images.tolist()]
+        log.warn(f"step {step + 1:,}: {where} is not finite, and no weight was changed; images {shortened(images)}")
+        log.text(step + 1, "nonfinite", f"{where}: images {', '.join(map(str, images))}")
+        if config.nonfinite == "stop":
+            raise RunError(
+                f"{where} is not finite in step {step + 1:,}: a smaller optim.lr or optim.clip_norm may help; "
+                "nonfinite=skip goes on without such steps"
+            )
+        if state.nonfinite_in_a_row > config.nonfinite_limit:
+            row = f"{state.nonfinite_in_a_row} steps in a row were not finite, up to step {step + 1:,}"
+            raise RunError(f"{row}: try a smaller optim.lr, or optim.clip_norm")
+
+
+def shortened(images: list[int]) -> str:
+    """The first few of many images."""
+    return ", ".join(map(str, images[:8])) + (f" and {len(images) - 8} more, in TensorBoard" if len(images) > 8 else "")
+
+
+def check_replicas(state: TrainState, accelerator: Accelerator) -> None:
+    """Raise RunError if the ranks' weights are not the same, bit by bit. Every rank must call this."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [weight.detach().view(integers[weight.element_size()]).sum() for weight in state.network.parameters()]
+    replicas = accelerator.gather(torch.stack(sums)[None]).tolist()
+    common = Counter(map(tuple, replicas)).most_common(1)[0][0]  # of several that are as common, that of the lowest rank
+    odd = [str(rank) for rank, each in enumerate(replicas) if tuple(each) != common]
+    if odd:
+        raise RunError(
+            f"the weights of rank {', '.join(odd)} are not those of the other ranks after step {state.step:,}: "
+            "nothing is saved any more; check the memory of its device, then the same command goes on from the last checkpoint"
+        )

@@ -1,0 +1,83 @@
+"""Parts of a batch: as few as fit in memory, found out before the first step, and on no rank fewer than on another."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from distrib import ranks
+from distrib.config import AUTO, Config, RunError, UserError
+from distrib.folder import note, noted
+from distrib.models import Shape
+from distrib.state import TrainState
+
+
+def parts_that_fit(
+    config: Config, state: TrainState, share: int, image: Shape, accelerator: Accelerator
+) -> tuple[int, list[str]]:
+    """The parts that a share of so many images is cut into, as asked or as few as fit; and a line for the user if it is cut.
+
+    Each rank rehearses one part of a step, in which nothing is exchanged, so that none waits for one that failed. Every rank
+    must call this. Raises UserError if there are more parts asked for than images, RunError if not even one image fits.
+    """
+    if isinstance(config.micro_batches, int):
+        if config.micro_batches > share:
+            few = f"micro_batches {config.micro_batches} is more than the {share} images of a rank's share of a batch"
+            raise UserError(f"{few}: use {share} or fewer")
+        return config.micro_batches, []
+    parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
+    while True:
+        lacks = gather_object([not fits(state, (-(-share // parts), *image), accelerator)])
+        if not any(lacks):
+            told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
+            return parts, [told] if parts > 1 else []
+        rank = lacks.index(True)
+        if parts == share:
+            raise RunError(f"rank {rank} has not enough memory for a step with a single image")
+        parts, why = min(2 * parts, share), f"rank {rank} has no memory for {-(-share // parts)} at once"
+
+
+def fits(state: TrainState, shape: tuple[int, int, int, int], accelerator: Accelerator) -> bool:
+    """Whether a forward and a backward pass over images of this shape fit in memory. They leave no trace."""
+    buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
+    try:
+        # Room for what the optimizer will remember of each weight; SGD's momentum is one such number, Adam's are two.
+        room = [torch.empty_like(weight) for weight in state.network.parameters() for _ in range(2)]
+        with accelerator.no_sync(state.model):
+            images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(state.model(images), torch.zeros(len(images), dtype=torch.int64, device=accelerator.device))
+            accelerator.backward(loss)
+        del room
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if ran_out(error):
+            return False
+        raise
+    finally:
+        state.optimizer.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+@contextmanager
+def out_of_memory_told(state: TrainState, config: Config, rank: int) -> Iterator[None]:
+    """Tell in a line if a rank runs out of memory after all; the next attempt then begins with twice as many parts."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        more = 2 * state.micro_batches
+        where = f"rank {rank} ran out of memory after step {state.step:,} with micro_batches={state.micro_batches}"
+        note(Path(config.run_dir), "failed", cause=where, rank=rank, micro_batches=more)
+        way_out = f"the same command tries {more}" if config.micro_batches == AUTO else f"give micro_batches={more}, or auto"
+        raise RunError(f"{where}: {way_out}", speaker=rank) from None
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error is that of a device, or of the machine, that has no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,155 @@
+"""What a rank's time goes to, and a watchdog: no phase of a run lasts longer than its limit.
+
+A rank that hangs keeps the others waiting for as long as it is left. So each rank has a thread that looks at the clock; when
+a phase is over its limit, it writes the stacks of all threads to the run folder, says who waits for whom, and ends the rank.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import NoReturn
+
+from distrib import folder, ranks
+from distrib.config import Config
+from distrib.interrupt import SHOW_STACKS, add_stacks, stack_report
+
+PERIOD = 1.0  # seconds between two looks at the clock
+GATHER = 2.0  # seconds that the ranks have to report, and their loader workers
+
+FOR_RANKS, FOR_WORKERS = "waits for other ranks", "waits for its loader workers"
+
+
+class Watch:
+    """The phase that this rank is in (start, step, evaluation, save), the seconds spent in each, and its watchdog."""
+
+    def __init__(self, config: Config) -> None:
+        self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
+        self.rank, self.world = ranks.launched_rank(), ranks.launched_world()
+        self.seconds = dict.fromkeys(self.limits, 0.0)
+        self.current = "start", perf_counter()
+        self.steps = self.lap_steps = 0
+        self.lap_seconds = self.kept_seconds = 0.0
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Watch":
+        threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def enter(self, phase: str) -> None:
+        """A phase begins, and the one before ends; or the same one begins anew."""
+        before, since = self.current
+        now = perf_counter()
+        self.seconds[before] += now - since
+        self.current = phase, now
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase that interrupts another one."""
+        before, _ = self.current
+        self.enter(phase)
+        yield
+        self.enter(before)
+
+    def stepped(self) -> None:
+        """A step is done, and the next one begins."""
+        self.enter("step")
+        self.steps += 1
+
+    def lap(self) -> float:
+        """Steps per second since the last lap, in the time of steps."""
+        self.enter("step")
+        steps, seconds = self.steps - self.lap_steps, self.seconds["step"] - self.lap_seconds
+        self.lap_steps, self.lap_seconds = self.steps, self.seconds["step"]
+        return steps / seconds
+
+    def overall(self) -> float:
+        """Steps per second up to the last lap."""
+        return self.lap_steps / self.lap_seconds if self.lap_steps else 0.0
+
+    def taken(self) -> float:
+        """Seconds of steps and evaluations since this was last asked: what a state that is saved now has cost."""
+        earlier, self.kept_seconds = self.kept_seconds, self.seconds["step"] + self.seconds["evaluation"]
+        return self.kept_seconds - earlier
+
+    def _look(self) -> None:
+        while not self.over.wait(PERIOD):
+            phase, since = self.current
+            spent = perf_counter() - since
+            if spent > self.limits[phase]:
+                self._end(phase, spent)
+            # If something keeps the interpreter's lock, this thread cannot look: then faulthandler's does, which needs none.
+            faulthandler.dump_traceback_later(self.limits[phase] - spent + 2 * GATHER, exit=True, file=2)
+            if self.rank == 0:
+                folder.alive(self.run_dir)
+
+    def _end(self, phase: str, spent: float) -> NoReturn:
+        report = stack_report(str(self.run_dir), self.rank)
+        with suppress(OSError):  # whatever cannot be written, the rank ends
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(f"{whereabouts(several=self.world > 1)}\n")
+            add_stacks(report, f"rank {self.rank}, {spent:.0f} s in the phase {phase!r}, process {os.getpid()}")
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, SHOW_STACKS)
+            told = self._gathered(report)
+            if self.rank == min(told):
+                what = (
+                    f"nothing has moved for {spent:.0f} s (limits.{phase}={self.limits[phase]:g}): {summary(told, self.world)}"
+                )
+                print(f"train.py: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
+                folder.note(self.run_dir, "failed", cause=what, rank=next(iter(stuck(told, self.world)), None))
+        os._exit(1)
+
+    def _gathered(self, mine: Path) -> dict[int, str]:
+        """What the ranks report that are able to, by rank. A report of an earlier hang is older by a limit at least."""
+        told: dict[int, str] = {}
+        give_up = time.monotonic() + GATHER
+        while time.monotonic() < give_up:  # all of it: the loader workers need it too
+            time.sleep(GATHER / 10)
+            for rank in range(self.world):
+                with suppress(OSError, IndexError):
+                    path = stack_report(str(self.run_dir), rank)
+                    if abs(path.stat().st_mtime - mine.stat().st_mtime) < min(self.limits.values()) + GATHER:
+                        told[rank] = path.read_text().splitlines()[0]
+        return told
+
+
+def whereabouts(*, several: bool) -> str:
+    """What the main thread is at, in words."""
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    last = frames[-1]
+    for frame in frames:
+        path = Path(frame.filename).as_posix()
+        # DDP waits for the other ranks' gradients at the end of the backward pass.
+        if several and ("/torch/distributed/" in path or last.name == "_engine_run_backward"):
+            return FOR_RANKS
+        if "/torch/utils/data/dataloader" in path and "get_data" in frame.name:
+            return FOR_WORKERS
+    return f"is at {Path(last.filename).name}:{last.lineno} in {last.name}"
+
+
+def stuck(told: dict[int, str], world: int) -> dict[int, str]:
+    """The ranks that keep the others waiting, and what each is at: those that do not wait, or cannot tell."""
+    return {rank: told.get(rank, "gives no sign of life") for rank in range(world) if told.get(rank, "") != FOR_RANKS}
+
+
+def summary(told: dict[int, str], world: int) -> str:
+    """Who waits for whom, in words."""
+    holding = stuck(told, world)
+    waiting = [str(rank) for rank in range(world) if rank not in holding]
+    parts = [f"rank {rank} {what}" for rank, what in holding.items()]
+    if waiting:
+        parts.append(f"rank {', '.join(waiting)} {FOR_RANKS}")
+    return "; ".join(parts)

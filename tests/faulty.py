@@ -1,0 +1,93 @@
+"""train.py with one fault in it, once. usage: faulty.py FAULT RANK STEP MARK [train.py's arguments]
+
+MARK is a file that is made when the fault strikes, and which keeps it from striking again.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distrib import interrupt
+
+if __name__ == "__main__":
+    interrupt.listen()
+
+import torch
+
+import train
+from distrib import loop, ranks
+from distrib.data.files import Reader
+from distrib.loop import TrainState, train_step
+
+fault, rank, step, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+read = Reader.__getitem__
+FITS = 8  # images, where memory is short
+
+
+def strikes(state: TrainState) -> bool:
+    if ranks.launched_rank() != rank or state.step < step or mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+def steps_aside(state: TrainState, *rest: Any) -> None:
+    """A training step in which something goes wrong."""
+    if strikes(state):
+        if fault == "sleep":
+            time.sleep(1000)
+        if fault == "lock":  # a call that keeps the interpreter's lock, and waits for itself
+            mutex = ctypes.create_string_buffer(64)
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+        if fault in ("SIGSTOP", "SIGKILL"):
+            os.kill(os.getpid(), getattr(signal, fault))
+        if fault == "bit":
+            with torch.no_grad():
+                next(state.network.parameters()).view(torch.int32).view(-1)[0] ^= 1
+        if fault == "late memory":
+            raise torch.OutOfMemoryError("out of memory")
+    train_step(state, *rest)
+
+
+def with_loss_of_nan(state: TrainState, *rest: Any) -> None:
+    """The loss of one rank is not a number in step `step`, or, if RANK is negative, from there on."""
+    mine = ranks.launched_rank() == abs(rank) and (state.step == step or (rank < 0 and state.step > step))
+    hook = state.network.register_forward_hook(lambda module, images, logits: logits * (torch.nan if mine else 1))
+    train_step(state, *rest)
+    hook.remove()
+
+
+def stuck(reader: Reader, share: Any) -> Any:
+    if torch.utils.data.get_worker_info() and ranks.launched_rank() == rank and not mark.exists():
+        mark.touch()
+        time.sleep(1000)
+    return read(reader, share)
+
+
+def with_little_memory(build: Any) -> Any:
+    """A network that needs more memory for more than FITS images than one rank has."""
+
+    def built(*args: Any) -> torch.nn.Module:
+        def check(module: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
+            if ranks.launched_rank() == rank and module.training and len(images[0]) > FITS:
+                raise torch.OutOfMemoryError("out of memory")
+
+        network: torch.nn.Module = build(*args)
+        network.register_forward_pre_hook(check)
+        return network
+
+    return built
+
+
+if __name__ == "__main__":
+    loop.train_step = with_loss_of_nan if fault == "nan" else steps_aside
+    if fault == "worker":
+        Reader.__getitem__ = stuck
+    if fault == "memory":
+        train.build_model = with_little_memory(train.build_model)
+    ranks.leave(train.main(sys.argv[5:]))

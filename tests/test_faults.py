@@ -1,0 +1,189 @@
+"""What goes wrong inside a run: ranks that hang or die, numbers that are none, memory that runs out. Real processes."""
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, launch, points, weights
+from test_launch import ACCELERATE, pictures
+
+from distrib.data.steps import Steps
+from distrib.folder import noted
+from distrib.watch import stuck, summary
+
+LIMIT = 4  # seconds of a step: enough for one on a busy machine, little enough to wait for
+KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "model.norm=group"]
+
+
+def faulty(fault: str, rank: int, step: int, run_dir: Path, *keys: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two ranks of train.py under accelerate launch, with a fault in one of them."""
+    command = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", f"--max_restarts={restarts}"]
+    command += ["tests/faulty.py", fault, str(rank), str(step), str(run_dir.with_suffix(".mark"))]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *KEYS, f"run_dir={run_dir}", *keys],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks without a fault."""
+    run_dir = tmp_path_factory.mktemp("faults") / "whole"
+    done = launch(2, "train.py", *KEYS, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    got, expected = weights(run_dir), weights(whole)
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+    assert points(run_dir)["train/loss"] == points(whole)["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "culprit"),
+    [
+        ("sleep", r"rank 1 is at faulty.py:\d+ in steps_aside; rank 0 waits for other ranks"),
+        ("lock", r"rank 1 gives no sign of life; rank 0 waits for other ranks"),
+        ("SIGSTOP", r"rank 1 gives no sign of life; rank 0 waits for other ranks"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
+    tmp_path: Path, whole: Path, fault: str, culprit: str
+) -> None:
+    run_dir, began = tmp_path / "run", time.time()
+    done = faulty(fault, 1, 25, run_dir, restarts=1)
+    assert done.returncode == 0, done.stderr
+    words = rf"^train.py: nothing has moved for \d+ s \(limits.step={LIMIT}\): {culprit}; stacks are in \S+$"
+    assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
+    struck = run_dir.with_suffix(".mark").stat().st_mtime
+    assert began < struck
+    told = {path.name: path for path in (run_dir / "hang").iterdir()}
+    assert told.keys() == ({"rank_0.txt", "rank_1.txt"} if fault == "sleep" else {"rank_0.txt"})
+    assert told["rank_0.txt"].stat().st_mtime - struck < LIMIT + 5
+    if fault == "sleep":
+        assert "in steps_aside" in told["rank_1.txt"].read_text()
+    if fault == "lock":
+        assert "in steps_aside" in done.stderr  # what faulthandler wrote
+    assert noted(run_dir)["attempts"] == 2
+    assert_same(run_dir, whole)
+
+
+def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "folder")
+    keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=4", "data.workers=1", "micro_batches=1"]
+    done = faulty("worker", 1, 0, tmp_path / "run", *keys, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rank 1 waits for its loader workers; rank 0 waits for other ranks; stacks", done.stderr), done.stderr
+    assert re.search(r"loader worker 0, process \d+:\n(.*\n)+.* in stuck\n", (tmp_path / "run/hang/rank_1.txt").read_text())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whole: Path, rank: int) -> None:
+    done = faulty("SIGKILL", rank, 25, tmp_path / "run", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert f"train.py: rank {rank} is gone, so that the others leave too" in done.stderr
+    assert "goes on after step 20" in done.stdout
+    assert noted(tmp_path / "run")["attempts"] == 2
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
+    done = faulty("SIGKILL", 1, 25, tmp_path / "run")
+    assert done.returncode == 1
+    status = noted(tmp_path / "run")
+    assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 is gone", 1, 20)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = faulty("nan", 1, 22, run_dir)
+    assert done.returncode == 1
+    words = r"^train.py: the loss of rank 1 is not finite in step 23: .*nonfinite=skip goes on without such steps$"
+    assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
+    images = Steps(1437, 60, 0, 1, 2)(22).images.tolist()
+    assert (
+        f"step 23: the loss of rank 1 is not finite, and no weight was changed; images {', '.join(map(str, images[:8]))} and"
+        in done.stdout
+    )
+    assert noted(run_dir)["state"] == "failed"
+    assert max((run_dir / "checkpoints").iterdir()).name == "step_00000020"
+    # What stopped the run was nothing but a fault: without it, it goes on.
+    assert launch(2, "train.py", *KEYS, f"run_dir={run_dir}").returncode == 0
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path) -> None:
+    runs = {}
+    for name, fault in (("skipped", ("nan", 1, 22)), ("never", ("nan", 1, 999))):
+        # Batch statistics of a step that is skipped must be skipped too.
+        done = faulty(*fault, tmp_path / name, "nonfinite=skip", "model.norm=batch", "save_every=1")
+        assert done.returncode == 0, done.stderr  # so the replicas were the same at each save
+        runs[name] = done.stdout
+    assert runs["skipped"].count("the loss of rank 1 is not finite") == 1
+    skipped, never = points(tmp_path / "skipped"), points(tmp_path / "never")
+    assert skipped["train/skipped_steps"][0] == (25, 1.0)
+    assert "train/skipped_steps" not in never
+    assert skipped["train/loss"][:4] == never["train/loss"][:4]
+    assert all(value == value for _, value in skipped["train/loss"])
+    assert all(each.isfinite().all() for each in weights(tmp_path / "skipped").values())
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -> None:
+    done = faulty("nan", -1, 22, tmp_path / "run", "nonfinite=skip", "nonfinite_limit=3")
+    assert done.returncode == 1
+    assert done.stdout.count("the loss of rank 1 is not finite") == 4
+    assert "train.py: 4 steps in a row were not finite, up to step 26: try a smaller optim.lr" in done.stderr
+
+
+def test_a_weight_that_differs_by_a_bit_between_ranks_stops_the_run_at_the_next_save(tmp_path: Path) -> None:
+    done = faulty("bit", 1, 22, tmp_path / "run")
+    assert done.returncode == 1
+    assert (
+        len(re.findall(r"^train.py: the weights of rank 1 are not those of the other ranks after step 30: ", done.stderr, re.M))
+        == 1
+    )
+    assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step_00000020"
+
+
+def test_a_share_is_cut_on_all_ranks_until_it_fits_on_the_one_with_the_least_memory(tmp_path: Path, whole: Path) -> None:
+    done = faulty("memory", 1, 0, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: a rank's share of 30 images is cut into micro_batches=4: rank 1 has no memory for 15 at once" in done.stdout
+    )
+    # The same images in the same order: the same numbers, but for rounding.
+    got, expected = (dict(points(run)["train/loss"]) for run in (tmp_path / "run", whole))
+    assert got == pytest.approx(expected, rel=1e-3)
+    assert got != expected
+
+
+def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_parts(tmp_path: Path) -> None:
+    done = faulty("late memory", 1, 22, tmp_path / "run", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 ran out of memory after step 22 with micro_batches=1: the same command tries 2" in done.stderr
+    assert "is cut into micro_batches=2: as at the last attempt" in done.stdout
+
+
+RANKS = "waits for other ranks"
+
+
+@pytest.mark.parametrize(
+    ("told", "culprits", "words"),
+    [
+        ({0: RANKS, 2: "is at a.py:1 in f"}, [1, 2], f"rank 1 gives no sign of life; rank 2 is at a.py:1 in f; rank 0 {RANKS}"),
+        ({0: RANKS, 1: RANKS, 2: RANKS}, [], f"rank 0, 1, 2 {RANKS}"),
+    ],
+)
+def test_who_waits_for_whom(told: dict[int, str], culprits: list[int], words: str) -> None:
+    assert list(stuck(told, 3)) == culprits
+    assert summary(told, 3) == words
