@@ -38,14 +38,18 @@ class Watch:
         self.current = "start", perf_counter()
         self.steps = self.lap_steps = 0
         self.lap_seconds = self.kept_seconds = 0.0
-        self.over = threading.Event()
+        self.turned = threading.Event()  # a phase has begun
+        self.over = False
+        self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watch":
-        threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        self.thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.over.set()
+        self.over = True
+        self.turned.set()
+        self.thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def enter(self, phase: str) -> None:
@@ -54,6 +58,8 @@ class Watch:
         now = perf_counter()
         self.seconds[before] += now - since
         self.current = phase, now
+        if phase != before:
+            self.turned.set()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -85,7 +91,11 @@ class Watch:
         return self.kept_seconds - earlier
 
     def _look(self) -> None:
-        while not self.over.wait(PERIOD):
+        while True:
+            self.turned.wait(PERIOD)
+            self.turned.clear()
+            if self.over:
+                return
             phase, since = self.current
             spent = perf_counter() - since
             if spent > self.limits[phase]:

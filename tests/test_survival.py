@@ -15,11 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, points, weights
-from test_launch import LAUNCHERS
+from conftest import ROOT, launch, points, weights
+from test_launch import LAUNCHERS, pictures
+
+from distrib.data.steps import Steps
 
 KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
 KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
+FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=6"]
 KILLS = int(os.environ.get("DISTRIB_KILLS", "15"))
 
 
@@ -30,7 +33,7 @@ class Run:
         self.run_dir, self.log = run_dir, run_dir.with_suffix(f".{time.monotonic_ns()}.log")
         path = f"{Path(LAUNCHERS['python'][0]).parent}:{os.environ['PATH']}"
         with self.log.open("w") as log:
-            command = [*LAUNCHERS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
+            command = [*WAYS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
             self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
 
     def said(self) -> str:
@@ -69,14 +72,24 @@ class Run:
         return code
 
 
+def reading(root: Path | dict[tuple[int, int], Path], workers: int) -> list[str]:
+    """Keys for a run on images in memory, or on files that so many workers read."""
+    if not workers:
+        return []
+    folder = next(iter(root.values())).parent / "folder" if isinstance(root, dict) else root / "folder"
+    return [*FILES, f"data.root={folder}", f"data.workers={workers}"]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs that nobody disturbed, on 1 and 2 ranks."""
-    runs = {}
-    for ranks, launcher in ((1, "python"), (2, "torchrun 2")):
-        runs[ranks] = tmp_path_factory.mktemp("whole") / "run"
-        run = Run(launcher, runs[ranks])
-        assert run.end() == 0, run.said()
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Path]:
+    """Runs that nobody disturbed, on 1 and 2 ranks, with 0 and 2 loader workers."""
+    root, runs = tmp_path_factory.mktemp("whole"), {}
+    pictures(root / "folder", train=120, val=30)
+    for workers in (0, 2):
+        for ranks, launcher in ((1, "python"), (2, "torchrun 2")):
+            runs[ranks, workers] = root / f"{ranks}_{workers}"
+            run = Run(launcher, runs[ranks, workers], *reading(root, workers))
+            assert run.end() == 0, run.said()
     return runs
 
 
@@ -95,28 +108,43 @@ def status(run_dir: Path) -> dict[str, object]:
     return found
 
 
-STOPS = [
-    ("python", "launcher", signal.SIGTERM),
-    ("python", "launcher", signal.SIGINT),
-    ("python", "file", 0),
-    ("accelerate", "launcher", signal.SIGTERM),
-    ("accelerate", "launcher", signal.SIGUSR1),
-    ("accelerate 2", "launcher", signal.SIGTERM),
-    ("accelerate 2", "launcher", signal.SIGUSR1),
-    ("accelerate 2", "one rank", signal.SIGUSR2),
-    ("torchrun 2", "all ranks", signal.SIGUSR1),
-    ("torchrun 2", "one rank", signal.SIGTERM),
-    ("torchrun 2", "launcher", signal.SIGINT),
-    ("torchrun 2", "file", 0),
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+WAYS = LAUNCHERS | {"torchrun": [*LAUNCHERS["torchrun 2"][:-2], "--nproc_per_node=1", "train.py"]}
+LAUNCHED = ("python", "accelerate", "accelerate 2", "torchrun", "torchrun 2")
+# accelerate's launcher and torchrun's die of USR2, and torchrun's of USR1: what is left of the run then stops by itself.
+MATRIX = [
+    (launcher, target, number, workers)
+    for launcher in LAUNCHED
+    for workers in (0, 2)
+    for target in ("launcher", "one rank", "all ranks", "file")
+    for number in (SIGNALS if target != "file" else (0,))
+    if target == "launcher" or launcher != "python" or target == "file"
+    if target != "all ranks" or launcher.endswith("2")
 ]
+STOPS = [
+    ("python", "launcher", signal.SIGINT, 0),
+    ("python", "file", 0, 2),
+    ("accelerate", "launcher", signal.SIGTERM, 0),
+    ("accelerate", "launcher", signal.SIGUSR1, 2),
+    ("accelerate 2", "launcher", signal.SIGTERM, 2),
+    ("accelerate 2", "launcher", signal.SIGUSR1, 0),
+    ("accelerate 2", "one rank", signal.SIGUSR2, 2),
+    ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
+    ("torchrun 2", "one rank", signal.SIGTERM, 0),
+    ("torchrun 2", "launcher", signal.SIGINT, 2),
+    ("torchrun 2", "file", 0, 0),
+]
+TIMES: dict[str, list[float]] = {}  # seconds from the signal until nothing is left, by launcher
 
 
-@pytest.mark.parametrize(("launcher", "target", "number"), STOPS)
+@pytest.mark.parametrize(("launcher", "target", "number", "workers"), MATRIX if os.environ.get("DISTRIB_ALL_STOPS") else STOPS)
 def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
-    tmp_path: Path, whole: dict[int, Path], launcher: str, target: str, number: int
+    tmp_path: Path, whole: dict[tuple[int, int], Path], launcher: str, target: str, number: int, workers: int
 ) -> None:
-    run = Run(launcher, tmp_path / "run")
-    run.wait_for(r"step 30/276")
+    """`make stops` has all of them."""
+    run = Run(launcher, tmp_path / "run", *reading(whole, workers))
+    run.wait_for(r"step 30/")
+    asked = time.monotonic()
     if target == "file":
         (run.run_dir / "STOP").write_text("")
     else:
@@ -125,6 +153,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
         for each in targets:
             each.send_signal(number)
     code = run.end()
+    TIMES.setdefault(launcher, []).append(time.monotonic() - asked)
     said = re.search(
         r"^stopped by (\S+|the file STOP) after step (\d+), which is saved: the same command goes on$", run.said(), re.M
     )
@@ -136,11 +165,12 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
         assert code == 0
     assert not (run.run_dir / "STOP").exists()
 
-    again = Run(launcher, tmp_path / "run")
+    again = Run(launcher, tmp_path / "run", *reading(whole, workers))
     assert again.end() == 0, again.said()
     assert f"goes on after step {said[2]}" in again.said()
-    assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1])
+    assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1, workers])
     assert status(run.run_dir)["state"] == "completed"
+    print(launcher, target, int(number), workers, {name: [round(each, 1) for each in times] for name, times in TIMES.items()})
 
 
 def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
@@ -187,3 +217,27 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     assert_same(run_dir, whole)
     assert status(run_dir)["attempts"] == KILLS + 1
     print(dict(told))
+
+
+def test_a_run_that_goes_on_with_other_numbers_of_ranks_sees_the_same_images_and_ends_the_same(tmp_path: Path) -> None:
+    """2 -> 3 -> 1 -> 2 ranks, with a kill between each, in float64 and without batch statistics."""
+    seen: dict[int, list[list[int]]] = {}
+    for world, kill in ((2, 7), (3, 16), (1, 23), (2, 0)):
+        notes = tmp_path / f"until_{kill}"
+        notes.mkdir()
+        done = launch(world, "tests/chained.py", tmp_path / "chained", str(kill), notes)
+        assert (done.returncode == 0) == (kill == 0), done.stderr
+        of_ranks = [map(json.loads, path.read_text().splitlines()) for path in sorted(notes.iterdir())]
+        for shares in zip(*of_ranks, strict=False):
+            (step,) = {share["step"] for share in shares}
+            seen.setdefault(step, []).append([image for share in shares for image in share["images"]])
+
+    steps = Steps(997, 60, seed=0)
+    assert sorted(seen) == list(range(32))
+    for step, batches in seen.items():
+        assert all(batch == steps(step).images.tolist() for batch in batches), step
+    assert max(map(len, seen.values())) > 1  # what was lost was done again
+
+    assert launch(2, "tests/chained.py", tmp_path / "whole", "0", tmp_path).returncode == 0
+    got, expected = weights(tmp_path / "chained"), weights(tmp_path / "whole")
+    assert max((got[name] - expected[name]).abs().max().item() for name in expected if name.startswith("model.")) < 1e-12
