@@ -4,7 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: train test kill-storm lint clean
+.PHONY: train test kill-storm stops lint clean
 
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
@@ -15,6 +15,10 @@ test: .venv/ready-for-tests
 # 200 kills, about 45 minutes
 kill-storm: .venv/ready-for-tests
 	DISTRIB_KILLS=200 $(BIN)/python -m pytest -s tests/test_survival.py -k killed_again
+
+# every way to stop a run, under every launcher, about 35 minutes
+stops: .venv/ready-for-tests
+	DISTRIB_ALL_STOPS=1 $(BIN)/python -m pytest -s tests/test_survival.py -k asked_to_stop
 
 lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check .

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,7 +52,9 @@ def write(taken: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> N
     At whatever point this is killed or fails, every checkpoint that was there is there, or a newer one is. It raises what the
     file system does, and Damaged if a tensor is not finite.
     """
-    odd = next((name for name, tensor in taken.tensors.items() if not tensor.isfinite().all()), None)
+    # By numpy, in one thread: torch would have its threads fight for the cores with those that train.
+    arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in taken.tensors.items()}
+    odd = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
     if odd:
         raise Damaged(f"{odd} is not finite")
     folder = run_dir / "checkpoints" / f"step_{taken.step:08d}"
@@ -58,7 +62,7 @@ def write(taken: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> N
     for torn in folder.parent.glob("step_*.partial"):
         shutil.rmtree(torn, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(taken.tensors, partial / TENSORS)
+    save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, partial / TENSORS)
     (partial / NUMBERS).write_text(json.dumps(taken.numbers))
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)} for name in (TENSORS, NUMBERS)}
     manifest = {"format": FORMAT, "step": taken.step, **about, "files": files}

@@ -1,5 +1,6 @@
 """What goes wrong inside a run: ranks that hang or die, numbers that are none, memory that runs out. Real processes."""
 
+import math
 import os
 import re
 import subprocess
@@ -88,11 +89,10 @@ def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> No
     assert re.search(r"loader worker 0, process \d+:\n(.*\n)+.* in stuck\n", (tmp_path / "run/hang/rank_1.txt").read_text())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whole: Path, rank: int) -> None:
-    done = faulty("SIGKILL", rank, 25, tmp_path / "run", restarts=1)
+def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whole: Path) -> None:
+    done = faulty("SIGKILL", 0, 25, tmp_path / "run", restarts=1)
     assert done.returncode == 0, done.stderr
-    assert f"train.py: rank {rank} is gone, so that the others leave too" in done.stderr
+    assert "train.py: rank 0 is gone, so that the others leave too" in done.stderr
     assert "goes on after step 20" in done.stdout
     assert noted(tmp_path / "run")["attempts"] == 2
     assert_same(tmp_path / "run", whole)
@@ -101,6 +101,7 @@ def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whol
 def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
     done = faulty("SIGKILL", 1, 25, tmp_path / "run")
     assert done.returncode == 1
+    assert done.stderr.count("train.py: rank 1 is gone, so that the others leave too") == 1
     status = noted(tmp_path / "run")
     assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 is gone", 1, 20)
 
@@ -118,24 +119,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None
     )
     assert noted(run_dir)["state"] == "failed"
     assert max((run_dir / "checkpoints").iterdir()).name == "step_00000020"
-    # What stopped the run was nothing but a fault: without it, it goes on.
-    assert launch(2, "train.py", *KEYS, f"run_dir={run_dir}").returncode == 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path) -> None:
-    runs = {}
-    for name, fault in (("skipped", ("nan", 1, 22)), ("never", ("nan", 1, 999))):
-        # Batch statistics of a step that is skipped must be skipped too.
-        done = faulty(*fault, tmp_path / name, "nonfinite=skip", "model.norm=batch", "save_every=1")
-        assert done.returncode == 0, done.stderr  # so the replicas were the same at each save
-        runs[name] = done.stdout
-    assert runs["skipped"].count("the loss of rank 1 is not finite") == 1
-    skipped, never = points(tmp_path / "skipped"), points(tmp_path / "never")
-    assert skipped["train/skipped_steps"][0] == (25, 1.0)
-    assert "train/skipped_steps" not in never
-    assert skipped["train/loss"][:4] == never["train/loss"][:4]
-    assert all(value == value for _, value in skipped["train/loss"])
-    assert all(each.isfinite().all() for each in weights(tmp_path / "skipped").values())
+    done = faulty("nan", 1, 22, tmp_path / "run", "nonfinite=skip", "model.norm=batch", "save_every=1")
+    assert done.returncode == 0, done.stderr  # so the replicas were the same at each save
+    assert done.stdout.count("the loss of rank 1 is not finite") == 1
+    curves = points(tmp_path / "run")
+    assert curves["train/skipped_steps"][0] == (25, 1.0)
+    assert all(math.isfinite(value) for _, value in curves["train/loss"])
+    assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -> None:

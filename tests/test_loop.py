@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -155,6 +155,26 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
         watch.stepped()
         report(state, 0.1, loop.Run(config, accelerator, loader, unused, log, unused, watch))
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "adamw"], bad: float) -> None:
+    config = Config(nonfinite="skip", optim=OptimConfig(name=optimizer))
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    state = plain_state(model, accelerator, config.optim)
+    good = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
+    train_step(state, good, 0.1, config, accelerator)
+    before = {name: each.clone() for name, each in state.tensors().items()}
+    train_step(state, Batch(good.images * bad, good.labels), 0.1, config, accelerator)
+    assert state.step == 2
+    assert [name for name, each in state.tensors().items() if not torch.equal(each, before[name])] == []
+    train_step(state, good, 0.1, config, accelerator)
+    after = state.tensors()
+    assert not torch.equal(after["model.0.weight"], before["model.0.weight"])
+    assert all(each.isfinite().all() for each in after.values())
+    assert [bool(sign[0].isfinite()) for sign in state.signs] == [True, False, True]
 
 
 class Memorizer(nn.Module):

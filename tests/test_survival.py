@@ -122,15 +122,12 @@ MATRIX = [
     if target != "all ranks" or launcher.endswith("2")
 ]
 STOPS = [
-    ("python", "launcher", signal.SIGINT, 0),
     ("python", "file", 0, 2),
-    ("accelerate", "launcher", signal.SIGTERM, 0),
     ("accelerate", "launcher", signal.SIGUSR1, 2),
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
     ("accelerate 2", "launcher", signal.SIGUSR1, 0),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
     ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
-    ("torchrun 2", "one rank", signal.SIGTERM, 0),
     ("torchrun 2", "launcher", signal.SIGINT, 2),
     ("torchrun 2", "file", 0, 0),
 ]
