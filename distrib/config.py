@@ -96,10 +96,10 @@ class OptimConfig(Checked):
 
 @dataclass(frozen=True)
 class LimitsConfig(Checked):
-    start: float = key(1800.0, "seconds that a rank may take until its first step", "(0, inf)", free=True)
-    step: float = key(300.0, "seconds of a step, its images and its exchange with other ranks included", "(0, inf)", free=True)
-    evaluation: float = key(3600.0, "seconds of an evaluation", "(0, inf)", free=True)
-    save: float = key(1800.0, "seconds that training may wait for a checkpoint", "(0, inf)", free=True)
+    start: float = key(1800.0, "seconds that a rank may take until its first step", "(0, 1e9]", free=True)
+    step: float = key(300.0, "seconds of a step, its images and its exchange with other ranks included", "(0, 1e9]", free=True)
+    evaluation: float = key(3600.0, "seconds of an evaluation", "(0, 1e9]", free=True)
+    save: float = key(1800.0, "seconds that training may wait for a checkpoint", "(0, 1e9]", free=True)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,10 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
                 lock = stack.enter_context(occupied(run_dir, rank))
                 if leads:
                     replace(run_dir / "config.yaml", to_yaml(config))
-                    attempts = noted(run_dir).get("attempts", 0) + 1
-                    begun = {"state": "running", "attempts": attempts, "seconds": seconds}
-                    replace(run_dir / "status.json", json.dumps(begun))
+                    known = noted(run_dir)
+                    begun = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
+                    learned = {name: known[name] for name in ("micro_batches",) if name in known}
+                    replace(run_dir / "status.json", json.dumps(begun | learned))
                 return lock
             except OSError as error:
                 raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None

@@ -1,5 +1,7 @@
 """Metrics are sums: add them over batches and ranks, and take the mean once, last."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,7 @@ def totals(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """`loss` in nats, `top1` and `top5` in percent. This waits for the device."""
+    """`loss` in nats, `top1` and `top5` in percent; of no images they are nan. This waits for the device."""
     loss, top1, top5, images = sums.tolist()
+    images = images or math.nan
     return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -165,6 +165,7 @@ def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_pa
     assert done.returncode == 0, done.stderr
     assert "rank 1 ran out of memory after step 22 with micro_batches=1: the same command tries 2" in done.stderr
     assert "is cut into micro_batches=2: as at the last attempt" in done.stdout
+    assert noted(tmp_path / "run")["micro_batches"] == 2
 
 
 RANKS = "waits for other ranks"

@@ -1,5 +1,7 @@
 """Metrics against sklearn's."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,3 +40,7 @@ def test_counts_stay_exact_beyond_what_float32_holds() -> None:
 def test_a_logit_that_is_no_number_is_not_taken_for_a_hit() -> None:
     got = totals(torch.full((4, 3), float("nan")), torch.tensor([1, 1, 2, 2]))
     assert got[1] == 0
+
+
+def test_the_means_of_no_images_are_no_numbers() -> None:
+    assert all(math.isnan(value) for value in means(zeros(torch.device("cpu"))).values())

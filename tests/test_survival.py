@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     """`make kill-storm` is the long form."""
     keys = f"epochs={3 * KILLS}", "model.width=48"  # slow enough for all of them
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    assert Run("torchrun 2", whole, *keys).end() == 0
+    assert Run("torchrun 2", whole, *keys).end(timeout=20 * KILLS) == 0
 
     told: Counter[str] = Counter()
     for who, in_a_save, delay in islice(kills(seed=KILLS), KILLS):
@@ -210,7 +210,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
         assert saved >= reached - 20 - 5, run.said()
 
     last = Run("accelerate 2", run_dir, *keys)
-    assert last.end() == 0, last.said()
+    assert last.end(timeout=20 * KILLS) == 0, last.said()
     assert_same(run_dir, whole)
     assert status(run_dir)["attempts"] == KILLS + 1
     print(dict(told))
