@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distrib import ranks
-from distrib.config import AUTO, Config, RunError, UserError
+from distrib.config import AUTO, Config, RunError, UserError, one_line
 from distrib.folder import note, noted
 from distrib.models import Shape
 from distrib.state import TrainState
@@ -54,13 +54,16 @@ def fits(state: TrainState, shape: tuple[int, int, int, int], accelerator: Accel
         del room
         return True
     except (RuntimeError, MemoryError) as error:
-        if ran_out(error):
-            return False
-        raise
+        if not ran_out(error):
+            raise
+    except ValueError as error:  # batch statistics of a single number
+        raise UserError(f"{one_line(error)}: give a larger batch_size, or model.norm=group") from None
     finally:
         state.optimizer.zero_grad()
         for buffer, before in buffers:
             buffer.copy_(before)
+    torch.cuda.empty_cache()  # only here: what a smaller part needs may have another shape
+    return False
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class Watch:
                 self._end(phase, spent)
             # If something keeps the interpreter's lock, this thread cannot look: then faulthandler's does, which needs none.
             faulthandler.dump_traceback_later(self.limits[phase] - spent + 2 * GATHER, exit=True, file=2)
-            if self.rank == 0:
+            if self.rank == 0 and phase != "start":  # until then the folder shows the end of the attempt before
                 folder.alive(self.run_dir)
 
     def _end(self, phase: str, spent: float) -> NoReturn:

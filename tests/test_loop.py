@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import train
 from distrib import loop
-from distrib.config import Config, OptimConfig, load_config
+from distrib.config import Config, OptimConfig, UserError, load_config
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
 from distrib.log import Log
@@ -175,6 +175,18 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "ad
     assert not torch.equal(after["model.0.weight"], before["model.0.weight"])
     assert all(each.isfinite().all() for each in after.values())
     assert [bool(sign[0].isfinite()) for sign in state.signs] == [True, False, True]
+
+
+def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Expected more than 1 value per channel .*: give a larger batch_size, or model.norm"):
+        run(tmp_path, "batch_size=1")
+
+
+def test_the_rehearsal_of_a_step_leaves_no_trace(tmp_path: Path) -> None:
+    rehearsed, plain = run(tmp_path / "auto", "micro_batches=auto"), run(tmp_path / "asked", "micro_batches=1")
+    assert (rehearsed.micro_batches, plain.micro_batches) == (1, 1)
+    expected = plain.tensors()
+    assert [name for name, each in rehearsed.tensors().items() if not torch.equal(each, expected[name])] == []
 
 
 class Memorizer(nn.Module):

@@ -194,6 +194,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     assert Run("torchrun 2", whole, *keys).end(timeout=20 * KILLS) == 0
 
     told: Counter[str] = Counter()
+    began = time.time()
     for who, in_a_save, delay in islice(kills(seed=KILLS), KILLS):
         run = Run("accelerate 2", run_dir, *keys)
         run.wait_for(r"step [\d,]+/[\d,]+  train")
@@ -213,6 +214,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     assert last.end(timeout=20 * KILLS) == 0, last.said()
     assert_same(run_dir, whole)
     assert status(run_dir)["attempts"] == KILLS + 1
+    assert 0 < float(str(status(run_dir)["kept_seconds"])) < float(str(status(run_dir)["seconds"])) < time.time() - began
     print(dict(told))
 
 
