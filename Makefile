@@ -12,7 +12,7 @@ train: .venv/ready
 test: .venv/ready-for-tests
 	$(BIN)/python -m pytest $(ARGS)
 
-# 200 kills, about 45 minutes
+# 200 kills, about 40 minutes
 kill-storm: .venv/ready-for-tests
 	DISTRIB_KILLS=200 $(BIN)/python -m pytest -s tests/test_survival.py -k killed_again
 

@@ -106,20 +106,22 @@ class Watch:
                 folder.alive(self.run_dir)
 
     def _end(self, phase: str, spent: float) -> NoReturn:
-        report = stack_report(str(self.run_dir), self.rank)
-        with suppress(OSError):  # whatever cannot be written, the rank ends
+        faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # a disk may hang too
+        report, place = stack_report(str(self.run_dir), self.rank), whereabouts(several=self.world > 1)
+        told = {self.rank: place}
+        with suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(f"{whereabouts(several=self.world > 1)}\n")
+            report.write_text(f"{place}\n")
             add_stacks(report, f"rank {self.rank}, {spent:.0f} s in the phase {phase!r}, process {os.getpid()}")
             for worker in multiprocessing.active_children():
-                os.kill(worker.pid or 0, SHOW_STACKS)
-            told = self._gathered(report)
-            if self.rank == min(told):
-                what = (
-                    f"nothing has moved for {spent:.0f} s (limits.{phase}={self.limits[phase]:g}): {summary(told, self.world)}"
-                )
-                print(f"train.py: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
-                folder.note(self.run_dir, "failed", cause=what, rank=next(iter(stuck(told, self.world)), None))
+                if worker.pid:
+                    os.kill(worker.pid, SHOW_STACKS)
+            told |= self._gathered(report)
+        if self.rank == min(told):
+            since = f"nothing has moved for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
+            what = f"{since}: {summary(told, self.world)}"
+            print(f"train.py: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
+            folder.note(self.run_dir, "failed", cause=what, rank=next(iter(stuck(told, self.world)), None))
         os._exit(1)
 
     def _gathered(self, mine: Path) -> dict[int, str]:
@@ -138,16 +140,16 @@ class Watch:
 
 def whereabouts(*, several: bool) -> str:
     """What the main thread is at, in words."""
-    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-    last = frames[-1]
-    for frame in frames:
-        path = Path(frame.filename).as_posix()
+    main = sys._current_frames()[threading.main_thread().ident or 0]
+    calls = [(Path(frame.f_code.co_filename), line, frame.f_code.co_name) for frame, line in traceback.walk_stack(main)]
+    innermost, line, name = calls[0]
+    for path, _, function in calls:
         # DDP waits for the other ranks' gradients at the end of the backward pass.
-        if several and ("/torch/distributed/" in path or last.name == "_engine_run_backward"):
+        if several and ("/torch/distributed/" in path.as_posix() or name == "_engine_run_backward"):
             return FOR_RANKS
-        if "/torch/utils/data/dataloader" in path and "get_data" in frame.name:
+        if "/torch/utils/data/dataloader" in path.as_posix() and "get_data" in function:
             return FOR_WORKERS
-    return f"is at {Path(last.filename).name}:{last.lineno} in {last.name}"
+    return f"is at {innermost.name}:{line} in {name}"
 
 
 def stuck(told: dict[int, str], world: int) -> dict[int, str]:
