@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distrib.config import Config
+from distrib.config import Config, one_line
 
 TENSORS, NUMBERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
@@ -197,5 +197,4 @@ class Saver:
             write(taken, self.run_dir, self.about, self.keep)
             self.saved(taken)
         except Exception as error:  # whatever it is, training goes on, and all ranks are told
-            why = " ".join(str(error).split())
-            self.failure = f"no checkpoint of step {taken.step} could be saved: {type(error).__name__}: {why}"
+            self.failure = f"no checkpoint of step {taken.step} could be saved: {type(error).__name__}: {one_line(error)}"

@@ -26,28 +26,9 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
     Raises UserError if the folder cannot be written, is in use, or was begun with another config; and RunError, naming the
     rank, if another one has gone.
     """
-    run_dir = Path(config.run_dir)
-    rank, world = ranks.launched_rank(), ranks.launched_world()
+    run_dir, rank = Path(config.run_dir), ranks.launched_rank()
     with ExitStack() as stack:
-
-        def begin(leads: bool) -> IO[str]:
-            try:
-                if leads:
-                    refuse_another_run(config, longer=longer)
-                    run_dir.mkdir(parents=True, exist_ok=True)
-                    seconds = up_seconds(run_dir) + time.time() - BEGAN
-                lock = stack.enter_context(occupied(run_dir, rank))
-                if leads:
-                    replace(run_dir / "config.yaml", to_yaml(config))
-                    known = noted(run_dir)
-                    begun = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
-                    learned = {name: known[name] for name in ("micro_batches",) if name in known}
-                    replace(run_dir / "status.json", json.dumps(begun | learned))
-                return lock
-            except OSError as error:
-                raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
-
-        lock = ranks.first(begin)
+        lock = ranks.first(lambda leads: stack.enter_context(begun(config, rank, longer=longer)))
         try:
             yield partial(note, run_dir) if rank == 0 else lambda *state, **facts: None
         except (UserError, RunError) as error:
@@ -55,17 +36,45 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
                 note(run_dir, "failed", cause=one_line(error))
             raise
         except Exception as error:
-            if not ranks.lost(error):
-                note(run_dir, "failed", cause=f"{type(error).__name__}: {one_line(error)}", rank=rank)
-                raise
-            gone = [other for other in range(world) if other != rank and taken(lock, other)]
-            time.sleep(LINGER)
-            speaker = min(set(range(world)) - {*gone})
-            names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
-            if rank == speaker and noted(run_dir).get("state") != "failed":
-                note(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
-            told = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
-            raise RunError(f"{told} ({one_line(error)})", speaker) from None
+            if ranks.lost(error):
+                raise without_others(run_dir, lock, rank, error) from None
+            note(run_dir, "failed", cause=f"{type(error).__name__}: {one_line(error)}", rank=rank)
+            raise
+
+
+@contextmanager
+def begun(config: Config, rank: int, *, longer: bool) -> Iterator[IO[str]]:
+    """Begin an attempt: rank 0 makes the folder and what is in it, and each rank locks its byte. Raises UserError."""
+    run_dir = Path(config.run_dir)
+    with ExitStack() as stack:
+        try:
+            if rank == 0:
+                refuse_another_run(config, longer=longer)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                seconds = up_seconds(run_dir) + time.time() - BEGAN
+            lock = stack.enter_context(occupied(run_dir, rank))
+            if rank == 0:
+                replace(run_dir / "config.yaml", to_yaml(config))
+                known = noted(run_dir)
+                status = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
+                learned = {name: known[name] for name in ("micro_batches",) if name in known}
+                replace(run_dir / "status.json", json.dumps(status | learned))
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+        yield lock
+
+
+def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) -> RunError:
+    """What a rank has to say that lost others: it names those whose locks are free. The lowest one that is left notes it."""
+    others = set(range(ranks.launched_world())) - {rank}
+    gone = sorted(other for other in others if taken(lock, other))
+    time.sleep(LINGER)
+    speaker = min({rank, *others} - {*gone})
+    names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+    if rank == speaker and noted(run_dir).get("state") != "failed":
+        note(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
+    told = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
+    return RunError(f"{told} ({one_line(error)})", speaker)
 
 
 @contextmanager

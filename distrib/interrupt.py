@@ -86,7 +86,7 @@ def guard_worker(worker: int, report: Path) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def stack_report(run_dir: str, rank: int) -> Path:
+def stack_report(run_dir: str | Path, rank: int) -> Path:
     """Where the stacks of a rank that hangs, and of its loader workers, are written."""
     return Path(run_dir, "hang", f"rank_{rank}.txt")
 

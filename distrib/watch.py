@@ -107,7 +107,7 @@ class Watch:
 
     def _end(self, phase: str, spent: float) -> NoReturn:
         faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # a disk may hang too
-        report, place = stack_report(str(self.run_dir), self.rank), whereabouts(several=self.world > 1)
+        report, place = stack_report(self.run_dir, self.rank), whereabouts(several=self.world > 1)
         told = {self.rank: place}
         with suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class Watch:
             time.sleep(GATHER / 10)
             for rank in range(self.world):
                 with suppress(OSError, IndexError):
-                    path = stack_report(str(self.run_dir), rank)
+                    path = stack_report(self.run_dir, rank)
                     if abs(path.stat().st_mtime - mine.stat().st_mtime) < min(self.limits.values()) + GATHER:
                         told[rank] = path.read_text().splitlines()[0]
         return told

@@ -1,6 +1,6 @@
 """Run by test_survival.py under torchrun: uneven.py's run on images in memory, noted step by step, and killed after some step.
 
-usage: chained.py RUN_DIR KILL [NOTES], where NOTES is a folder, and KILL the step after which the last rank kills itself
+usage: chained.py RUN_DIR KILL NOTES, where NOTES is a folder, and KILL the step after which the last rank kills itself
 """
 
 import json
