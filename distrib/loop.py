@@ -18,7 +18,7 @@ from distrib.data.steps import DROPOUT, fold
 from distrib.health import check_replicas, check_steps, gradient_norm
 from distrib.log import Log
 from distrib.metrics import means, totals, zeros
-from distrib.optim import Schedule, set_learning_rate
+from distrib.optim import Schedule, move_average, set_learning_rate
 from distrib.state import TrainState, snapshot
 from distrib.watch import Watch
 
@@ -133,7 +133,7 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
     for buffer, before in zip(state.network.buffers(), statistics, strict=False):
         buffer.copy_(torch.where(finite, buffer, before))
     if state.average is not None:
-        state.average.update_parameters(state.network)
+        move_average(state.average, state.network, config.optim.average_decay)
     state.step += 1
 
 

@@ -1,12 +1,14 @@
 """Optimizers, and the learning rate as a function of the step."""
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distrib.config import Config, OptimConfig
 
@@ -46,11 +48,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
     return SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
 
 
-def build_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """A moving average of weights and of batch statistics, which starts as a copy of them; None if decay is 0."""
-    if not decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+def build_average(model: nn.Module, decay: float) -> nn.Module | None:
+    """A model for the moving average of another one, of which it is a copy at first; None if decay is 0."""
+    return deepcopy(model).requires_grad_(False) if decay else None
+
+
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move every weight and batch statistic of `average` a part 1 - `decay` of the way to that of `model`.
+
+    torch's AveragedModel would bring a counter of its own to the device in each step, and wait for it.
+    """
+    means, values = (
+        [each for each in chain(of.parameters(), of.buffers()) if each.is_floating_point()] for of in (average, model)
+    )
+    get_ema_multi_avg_fn(decay)(means, values, None)  # type: ignore[no-untyped-call]
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -234,7 +234,7 @@ def leave(code: int) -> NoReturn:
     """
     gc.collect()
     if code == 0 and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        PartialState().wait_for_everyone()
         torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,6 +12,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}  # for programs in tests/ that train as train.py does
 SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_every=5"]  # a run of a second or two
 
 
@@ -37,7 +39,7 @@ def one_process() -> Iterator[None]:
 def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """`world` ranks of a program under torchrun, or one of plain python."""
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | SCRIPTS
     command = [sys.executable, *program, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 

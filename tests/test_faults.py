@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, launch, points, weights
+from conftest import ROOT, SCRIPTS, SMALL, launch, points, weights
 from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
@@ -24,11 +24,10 @@ def faulty(fault: str, rank: int, step: int, run_dir: Path, *keys: str, restarts
     """Two ranks of train.py under accelerate launch, with a fault in one of them."""
     command = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", f"--max_restarts={restarts}"]
     command += ["tests/faulty.py", fault, str(rank), str(step), str(run_dir.with_suffix(".mark"))]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *KEYS, f"run_dir={run_dir}", *keys],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | SCRIPTS,
         capture_output=True,
         text=True,
         timeout=180,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from distrib.config import Config, OptimConfig
-from distrib.optim import Schedule, build_average, build_optimizer, build_schedule
+from distrib.optim import Schedule, build_average, build_optimizer, build_schedule, move_average
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -44,12 +44,11 @@ def test_an_average_follows_weights_and_batch_statistics() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = build_average(model, decay=0.75)
     assert average is not None
-    average.update_parameters(model)  # the first one copies
     start = [each.detach().clone() for each in (model[0].weight, model[1].running_mean)]
     with torch.no_grad():
         model[0].weight += 1
         model[1].running_mean += 1
-    average.update_parameters(model)
-    torch.testing.assert_close(average.module[0].weight, start[0] + 0.25)
-    torch.testing.assert_close(average.module[1].running_mean, start[1] + 0.25)
+    move_average(average, model, decay=0.75)
+    torch.testing.assert_close(average[0].weight, start[0] + 0.25)
+    torch.testing.assert_close(average[1].running_mean, start[1] + 0.25)
     assert build_average(model, decay=0) is None

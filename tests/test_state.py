@@ -30,7 +30,7 @@ CHANGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "a shape": lambda named: named.update({"model.0.weight": torch.zeros(4, 1, 3, 4)}),
     "a type": lambda named: named.update({"model.0.weight": torch.zeros(4, 1, 3, 3).half()}),
     "an odd type": lambda named: named.update({"model.0.weight": torch.zeros(4, 1, 3, 3).to(torch.complex64)}),
-    "one less": lambda named: named.pop("average.module.0.weight"),
+    "one less": lambda named: named.pop("average.0.weight"),
     "one more": lambda named: named.update({"model.9.weight": torch.zeros(1)}),
     "a momentum of no weight": lambda named: named.update({"optimizer.99.exp_avg": torch.zeros(1)}),
     "a momentum of another shape": lambda named: named.update({"optimizer.0.exp_avg": torch.zeros(7)}),

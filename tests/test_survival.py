@@ -184,7 +184,7 @@ def kills(seed: int) -> Iterator[tuple[str, bool, float]]:
     """Who is killed, whether inside a save, and when else, in seconds after the first step."""
     chance = random.Random(seed)
     while True:
-        yield chance.choice(["one rank", "all ranks", "launcher"]), chance.random() < 0.4, chance.uniform(0, 0.8)
+        yield chance.choice(["rank 0", "rank 1", "all ranks", "launcher"]), chance.random() < 0.4, chance.uniform(0, 0.8)
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
         while time.monotonic() < due if not in_a_save else not list(run_dir.glob("checkpoints/*.partial")):
             assert run.process.poll() is None, run.said()
         ranks = run.ranks()
-        for each in {"launcher": [run.process], "one rank": ranks[:1], "all ranks": ranks}[who]:
+        for each in {"launcher": [run.process], "rank 0": ranks[:1], "rank 1": ranks[1:], "all ranks": ranks}[who]:
             each.kill()
         told[f"{who}, {'in a save' if in_a_save else 'at any time'}"] += 1
         assert run.end() != 0

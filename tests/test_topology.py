@@ -83,7 +83,7 @@ def test_logged_metrics_are_those_of_sklearn_in_one_process(runs: Path, world: i
     run_dir = runs / str(world) / way
     source = uneven.uneven(DataConfig(), download=False)
     network = build_model(ModelConfig(norm="group", width=16), source.shape, len(source.classes)).double()
-    prefix = "model." if group == "val" else "average.module."
+    prefix = "model." if group == "val" else "average."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in weights(run_dir).items() if k.startswith(prefix)})
     with torch.no_grad():
         logits = network.eval()(
