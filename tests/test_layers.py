@@ -28,7 +28,6 @@ DOORS = {
     "tqdm": {"distrib/log.py"},
     "torchvision": {"distrib/data/sources.py", "distrib/models.py"},
     "PIL": {"distrib/data/files.py"},
-    "sklearn": {"distrib/data/sources.py"},
 }
 
 

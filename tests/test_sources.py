@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import requires
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from distrib.config import DataConfig, UserError
@@ -77,6 +78,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digits_need_no_download_and_are_split_once() -> None:
     source = load_source(DataConfig(), download=False)
     assert (len(source.train), len(source.val), source.shape) == (1437, 360, (1, 8, 8))
+    pixels, labels = load_digits(return_X_y=True)  # scikit-learn's own reading, in 17 grey levels
+    every_fifth = np.arange(len(labels)) % 5 == 0
+    assert np.array_equal((source.val.images.flatten(1) * (16 / 255)).round(), pixels[every_fifth])
+    assert np.array_equal(source.train.labels, labels[~every_fifth])
     pixels = source.train.images.double() / 255
     assert source.mean == pytest.approx((pixels.mean().item(),), abs=5e-4)
     assert source.std == pytest.approx((pixels.std().item(),), abs=5e-4)
