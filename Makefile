@@ -24,7 +24,7 @@ lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch tests/slurm/*.sh .ci/run
 
 clean:
 	rm -rf .venv

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distrib import folder, ranks
+from distrib import folder, provenance, ranks
 from distrib.checkpoint import Saver
 from distrib.config import Config, RunError, UserError, help_text, load_config, to_yaml
 from distrib.data.loaders import Loader
@@ -51,6 +51,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
         with folder.held(config, longer=longer) as note:
             warnings = restore(state, config)
             note("running", **progress(state.numbers()))
+            provenance.record(config, state.step)
             with (
                 Log(config, state.step, schedule.total, steps, silent=rank > 0) as log,
                 Saver(config, about(config, world), lambda taken: note("running", **progress(taken.numbers))) as saver,
@@ -61,7 +62,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
                 log.closing(state, stopped_by, watch.overall())
             note("stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers()))
             if stopped_by:
-                folder.ask_for_requeue()
+                folder.ask_for_requeue(stopped_by)
     return state
 
 

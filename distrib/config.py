@@ -125,6 +125,14 @@ class Config(Checked):
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
+def refuse_uneven(batch_size: int, ranks: int) -> None:
+    """Raise UserError if a batch does not divide among the ranks."""
+    spare = batch_size % ranks
+    if spare:
+        fits = [size for size in (batch_size - spare, batch_size - spare + ranks) if size]
+        raise UserError(f"batch_size {batch_size} does not divide among {ranks} ranks: use {' or '.join(map(str, fits))}")
+
+
 def load_config(args: Sequence[str]) -> Config:
     """The config that a command line asks for: `[CONFIG.yaml] [key=value ...]`. Raises UserError."""
     pairs = [arg for arg in args if "=" in arg and not arg.startswith("-")]

@@ -74,7 +74,7 @@ def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) ->
     if rank == speaker and noted(run_dir).get("state") != "failed":
         note(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
     told = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
-    return RunError(f"{told} ({one_line(error)})", speaker)
+    return RunError(f"{told} ({one_line(error).partition('. ')[0]})", speaker)
 
 
 @contextmanager
@@ -138,10 +138,13 @@ def note(run_dir: Path, state: str, **facts: Any) -> None:
         replace(path, json.dumps(told, indent=2) + "\n")
 
 
-def ask_for_requeue() -> None:
-    """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is stopped, and can go on."""
+def ask_for_requeue(stopped_by: str) -> None:
+    """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is to go on later.
+
+    Not if a person stopped it, by the file STOP or Ctrl-C: it would come back.
+    """
     path = os.environ.get("REQUEUE_FILE")
-    if path and ranks.is_first():
+    if path and ranks.is_first() and stopped_by not in (ranks.StopVote.FILE, "SIGINT"):
         try:
             Path(path).touch()
         except OSError as error:

@@ -8,10 +8,10 @@ from collections import Counter
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from distrib import ranks
 from distrib.config import Config, RunError
 from distrib.data.steps import Steps
 from distrib.log import Log
@@ -43,7 +43,7 @@ def check_steps(state: TrainState, config: Config, steps: Steps, accelerator: Ac
             continue
         state.nonfinite_in_a_row += 1
         state.skipped_steps += 1
-        odd = [rank for rank, ok in enumerate(gather_object([math.isfinite(loss)])) if not ok]
+        odd = [rank for rank, ok in enumerate(ranks.gathered(math.isfinite(loss))) if not ok]
         where = f"the loss of rank {', '.join(map(str, odd))}" if odd else "the gradient"
         images = [each for rank in odd or range(steps.world) for each in steps.of_rank(rank)(step).images.tolist()]
         log.warn(f"step {step + 1:,}: {where} is not finite, and no weight was changed; images {shortened(images)}")

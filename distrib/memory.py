@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from distrib import ranks
 from distrib.config import AUTO, Config, RunError, UserError, one_line
@@ -31,7 +30,7 @@ def parts_that_fit(
         return config.micro_batches, []
     parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
     while True:
-        lacks = gather_object([not fits(state, (-(-share // parts), *image), accelerator)])
+        lacks = ranks.gathered(not fits(state, (-(-share // parts), *image), accelerator))
         if not any(lacks):
             told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
             return parts, [told] if parts > 1 else []

@@ -36,18 +36,19 @@ def start(config: Config) -> tuple[Accelerator, str]:
     Every rank must call this. Raises UserError if the launch would become several runs that know nothing of each other.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = config.threads or max(1, cores() // local_ranks)
+    threads = config.threads or threads_of_a_rank(local_ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, accelerate chooses another number for torch
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which would leave most of a machine idle
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     refuse_lone_processes()
-    if 0 < gpus < local_ranks:
+    if 0 < gpus < local_ranks and "SLURM_GPUS_PER_TASK" not in os.environ:  # which shows each rank its own GPU only
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: {way_out}")
 
     join("cuda" if gpus else "cpu", config)
     state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
     assert state.num_processes == launched_world(), state.num_processes
-    choices = gather_object([choose_precision(config.precision, state.device)])
+    choices = gathered(choose_precision(config.precision, state.device))
     precision, why = next((choice for choice in choices if choice[0] == "no"), choices[0])
     accelerator = Accelerator(
         cpu=not gpus,
@@ -86,9 +87,12 @@ def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer)
     return model, optimizer
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_of_a_rank(local_ranks: int) -> int:
+    """This rank's part of the machine's cores: as SLURM says where a rank is one of its tasks, else an even one."""
+    if from_environment("SLURM_STEP_NUM_TASKS", default=0) == launched_world():
+        return from_environment("SLURM_CPUS_PER_TASK", default=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
 def refuse_lone_processes() -> None:
@@ -147,6 +151,12 @@ def agreed(value: T) -> T:
     return shared[0]
 
 
+def gathered(value: T) -> list[T]:
+    """What each rank gives, by rank, on every rank. Every rank must call this."""
+    shared: list[T] = gather_object([value])
+    return shared
+
+
 def is_first() -> bool:
     """Whether this is rank 0."""
     leads: bool = PartialState().is_main_process
@@ -160,7 +170,7 @@ class StopVote:
     """
 
     PERIOD = 0.5  # seconds
-    BY_FILE = 100  # greater than the number of any signal
+    BY_FILE, FILE = 100, "the file STOP"  # greater than the number of any signal, so that it prevails
 
     def __init__(self, config: Config) -> None:
         self.file = Path(config.run_dir, "STOP")
@@ -181,7 +191,7 @@ class StopVote:
         self.next = step + steps
         if wish == self.BY_FILE and is_first():
             self.file.unlink(missing_ok=True)  # it has been heard
-        return "the file STOP" if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
+        return self.FILE if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
 
     def _pace(self, step: int) -> int:
         """The steps in a PERIOD, by the time that the last ones took; at most twice as many as those."""

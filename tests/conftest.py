@@ -56,3 +56,13 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(max(run_dir.glob("checkpoints/step_*")) / "state.safetensors")
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    """The same weights, bit by bit, and the same curves with each point once."""
+    got, expected = weights(run_dir), weights(whole)
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+    curves, expected_curves = points(run_dir), points(whole)
+    for tag in expected_curves.keys() - {"train/images_per_second"}:
+        assert curves[tag] == expected_curves[tag], tag

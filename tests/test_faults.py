@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, SCRIPTS, SMALL, launch, points, weights
+from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
 from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
@@ -42,12 +41,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = launch(2, "train.py", *KEYS, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir
-
-
-def assert_same(run_dir: Path, whole: Path) -> None:
-    got, expected = weights(run_dir), weights(whole)
-    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
-    assert points(run_dir)["train/loss"] == points(whole)["train/loss"]
 
 
 @pytest.mark.parametrize(

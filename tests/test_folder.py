@@ -130,13 +130,16 @@ def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatc
         note("running", step=3)
 
 
-def test_a_stopped_run_asks_for_its_requeue_where_there_is_a_file_for_that(
+def test_a_run_that_a_signal_stopped_asks_for_its_requeue_where_there_is_a_file_for_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.ask_for_requeue()
+    folder.ask_for_requeue("SIGUSR1")
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
-    folder.ask_for_requeue()
+    for person in ("the file STOP", "SIGINT"):
+        folder.ask_for_requeue(person)
+    assert not (tmp_path / "requeue").exists()
+    folder.ask_for_requeue("SIGUSR1")
     assert (tmp_path / "requeue").exists()
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "not there" / "requeue"))
     with pytest.raises(RunError, match=r"requeue cannot be made: No such file or directory"):
-        folder.ask_for_requeue()
+        folder.ask_for_requeue("SIGUSR1")

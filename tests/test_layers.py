@@ -14,7 +14,7 @@ LAYERS = [  # each may import from those below it
     ["train.py"],
     ["distrib/loop.py"],
     ["distrib/watch.py", "distrib/memory.py", "distrib/health.py"],
-    ["distrib/log.py", "distrib/folder.py"],
+    ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py"],
     ["distrib/state.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],

@@ -33,6 +33,14 @@ def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
     assert f"threads {expected}, precision no (as asked)" in setup
 
 
+def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "12"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.threads_of_a_rank(local_ranks=4) == 12
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # a launcher is the task, and starts four ranks
+    assert ranks.threads_of_a_rank(local_ranks=4) == max(1, len(os.sched_getaffinity(0)) // 4)
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

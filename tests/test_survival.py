@@ -14,8 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from conftest import ROOT, launch, points, weights
+from conftest import ROOT, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
@@ -91,16 +90,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Pat
             run = Run(launcher, runs[ranks, workers], *reading(root, workers))
             assert run.end() == 0, run.said()
     return runs
-
-
-def assert_same(run_dir: Path, whole: Path) -> None:
-    """The same weights, bit by bit, and the same curves with each point once."""
-    got, expected = weights(run_dir), weights(whole)
-    assert got.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
-    curves, expected_curves = points(run_dir), points(whole)
-    for tag in expected_curves.keys() - {"train/images_per_second"}:
-        assert curves[tag] == expected_curves[tag], tag
 
 
 def status(run_dir: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distrib.config import UserError
+from distrib.config import UserError, refuse_uneven
 
 # What a random number is for: each use draws from a stream of its own.
 ORDER, AUGMENT, CROP, DROPOUT = range(4)
@@ -92,12 +92,7 @@ class Steps:
             raise UserError(
                 f"batch_size {self.batch_size} is more than the {self.images} training images: use {self.images} or less"
             )
-        spare = self.batch_size % self.world
-        if spare:
-            fits = [size for size in (self.batch_size - spare, self.batch_size - spare + self.world) if size]
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide among {self.world} ranks: use {' or '.join(map(str, fits))}"
-            )
+        refuse_uneven(self.batch_size, self.world)
 
     @property
     def per_epoch(self) -> int:
