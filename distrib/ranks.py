@@ -41,7 +41,7 @@ def start(config: Config) -> tuple[Accelerator, str]:
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which would leave most of a machine idle
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     refuse_lone_processes()
-    if 0 < gpus < local_ranks and "SLURM_GPUS_PER_TASK" not in os.environ:  # which shows each rank its own GPU only
+    if 0 < gpus < local_ranks:
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: {way_out}")
 
