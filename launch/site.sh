@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # What this cluster needs before it can train. launch/slurm.sbatch sources it on a job's first node, in the project's folder;
-# SITE=FILE in the environment names another one.
+# DISTRIB_SITE=FILE in the environment names another one.
 
 # Modules, and what has to be set for NCCL's network:
 # module load cuda/13.0

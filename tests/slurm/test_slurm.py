@@ -33,7 +33,7 @@ def slurm() -> Iterator[Cluster]:
     )
     folder = tempfile.mkdtemp(prefix="slurm.")  # short: Unix sockets are in it
     cluster = Cluster(folder)
-    cluster.environment |= {"SITE": "tests/slurm/site.sh", "PYTHON_OF_TESTS": str(Path(sys.executable).parent)}
+    cluster.environment |= {"DISTRIB_SITE": "tests/slurm/site.sh", "PYTHON_OF_TESTS": str(Path(sys.executable).parent)}
     try:
         cluster.do("start", "6")
         yield cluster
