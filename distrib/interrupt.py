@@ -40,6 +40,12 @@ def _note(number: int, frame: FrameType | None) -> None:
         _noted = number, time.monotonic()
 
 
+def end() -> None:
+    """From now on no signal does anything: what there was to do is done, and Python, as it ends, makes signals fatal again."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def asked() -> int:
     """The number of the signal that came last; 0 if none did."""
     return _noted[0]

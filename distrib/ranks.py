@@ -250,4 +250,5 @@ def leave(code: int) -> NoReturn:
     sys.stderr.flush()
     if code:
         os._exit(code)  # a group whose other ranks may be gone can neither be used nor taken down
+    interrupt.end()
     sys.exit(0)

@@ -57,6 +57,30 @@ def test_the_same_ctrl_c_may_arrive_twice(listener: "subprocess.Popen[str]") -> 
     assert listener.poll() is None
 
 
+ENDING = """
+import signal, time
+from distrib import interrupt, ranks
+
+class Slow:
+    def __del__(self, say=print, wait=time.sleep):  # while Python takes down its modules, after it has given up its handlers
+        say("ending", flush=True)
+        wait(1)
+
+last = Slow()
+interrupt.listen()
+ranks.leave(0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_comes_as_a_finished_run_ends_does_not_make_it_fail(number: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDING], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+
+
 LAUNCHER = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", sys.argv[1]])

@@ -111,7 +111,16 @@ def unplugged(slurm: Cluster, root: Path, limited: list[Job]) -> Job:
     return job
 
 
-@pytest.mark.usefixtures("unplugged")
+@pytest.mark.usefixtures("limited", "unplugged", "whole")  # these are made while the jobs wait for their limit
+def test_slurm_tells_two_jobs_on_the_same_nodes_of_their_time_limit_and_both_go_back_into_the_queue(
+    slurm: Cluster, limited: list[Job]
+) -> None:
+    for job in limited:
+        assert slurm.wait(job.id, "PENDING")["Restarts"] == "1"
+        assert re.findall(STOPPED, job.output.read_text(), re.M)[0][0] == signal.SIGUSR1.name
+        slurm.tell("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # one more limit would prove nothing more
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_nodes_train_as_as_many_local_ranks_do(
     slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path], ranks: int
@@ -120,15 +129,6 @@ def test_two_nodes_train_as_as_many_local_ranks_do(
     job.completes(0, whole[2 * ranks, 0])
     assert json.loads((job.run_dir / "attempts.jsonl").read_text())["hosts"] == ["node1", "node2"]
     assert f"ranks {2 * ranks}, device cpu, threads 1," in job.output.read_text()
-
-
-def test_slurm_tells_two_jobs_on_the_same_nodes_of_their_time_limit_and_both_go_back_into_the_queue(
-    slurm: Cluster, limited: list[Job]
-) -> None:
-    for job in limited:
-        assert slurm.wait(job.id, "PENDING")["Restarts"] == "1"
-        assert re.findall(STOPPED, job.output.read_text(), re.M)[0][0] == signal.SIGUSR1.name
-        slurm.tell("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # one more limit would prove nothing more
 
 
 @pytest.mark.parametrize("workers", [0, 2])
