@@ -158,6 +158,7 @@ LAUNCHERS = {
     "python": [sys.executable, "train.py"],
     "accelerate": [*ACCELERATE, "--num_processes=1", "train.py"],
     "accelerate 2": [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", "train.py"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py"],
     "torchrun 2": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"],
     "local.sh": ["launch/local.sh"],
 }

@@ -32,7 +32,7 @@ class Run:
         self.run_dir, self.log = run_dir, run_dir.with_suffix(f".{time.monotonic_ns()}.log")
         path = f"{Path(LAUNCHERS['python'][0]).parent}:{os.environ['PATH']}"
         with self.log.open("w") as log:
-            command = [*WAYS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
+            command = [*LAUNCHERS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
             self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
 
     def said(self) -> str:
@@ -98,7 +98,6 @@ def status(run_dir: Path) -> dict[str, object]:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-WAYS = LAUNCHERS | {"torchrun": [*LAUNCHERS["torchrun 2"][:-2], "--nproc_per_node=1", "train.py"]}
 LAUNCHED = ("python", "accelerate", "accelerate 2", "torchrun", "torchrun 2")
 # accelerate's launcher and torchrun's die of USR2, and torchrun's of USR1: what is left of the run then stops by itself.
 MATRIX = [
