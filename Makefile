@@ -10,7 +10,7 @@ train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
 
 test: .venv/ready-for-tests
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 # 200 kills, about 40 minutes
 kill-storm: .venv/ready-for-tests

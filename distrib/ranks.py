@@ -103,7 +103,7 @@ def refuse_lone_processes() -> None:
     if started > 1 and missing:
         raise UserError(
             f"{started} processes were started, but without {', '.join(missing)} in the environment each would train alone: "
-            "start them with accelerate launch or torchrun, or export these"
+            "start them with accelerate launch, torchrun or launch/slurm.sbatch, or export these"
         )
 
 

@@ -14,7 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
 SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}  # for programs in tests/ that train as train.py does
+LONG = ("test_survival.py", "test_slurm.py")
 SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_every=5"]  # a run of a second or two
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that both of the processes that `make test` starts are busy to the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def requires(held: bool, install: str) -> None:

@@ -214,6 +214,25 @@ def test_a_killed_rank_ends_its_job_which_is_tried_again_only_if_asked(
     assert json.loads((job.run_dir / "status.json").read_text())["cause"] == "rank 1 is gone"
 
 
+def gpus_and_places(notes: Path, ranks: int) -> list[dict[str, str]]:
+    """What paced.py noted of each rank."""
+    return [json.loads((notes / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def test_a_mistake_in_a_command_is_told_once_and_never_tried_again(slurm: Cluster, root: Path) -> None:
+    """The tasks of this job have a GPU each, and see no other: it is the first one there."""
+    notes = root / "notes_mistaken"
+    notes.mkdir()
+    options = ["--nodes=1", "--nodelist=node1", "--ntasks-per-node=2", "--gpus-per-task=1"]
+    job = Job(slurm, root / "mistaken", ["optim.lrr=1"], *options, MAX_CRASHES="3", NOTES=str(notes))
+    failed = slurm.wait(job.id, "FAILED")
+    assert (failed["Restarts"], failed["ExitCode"]) == ("0", "2:0")
+    assert job.output.read_text().count("train.py: there is no key optim.lrr: did you mean optim.lr?\n") == 1
+    ranks = gpus_and_places(notes, 2)
+    assert sorted(rank["CUDA_VISIBLE_DEVICES"] for rank in ranks) == ["0", "1"]
+    assert [(rank["LOCAL_RANK"], rank["LOCAL_WORLD_SIZE"]) for rank in ranks] == [("0", "1")] * 2
+
+
 def submit(slurm: Cluster, *arguments: str | Path, **environment: str) -> tuple[int, str, str]:
     done = slurm.run(sys.executable, "launch/submit.py", *arguments, **environment)
     return done.returncode, done.stdout, done.stderr
@@ -236,7 +255,7 @@ def test_submit_gives_each_rank_its_gpu_and_its_part_of_the_cpus(slurm: Cluster,
     job = told.split(":")[0].removeprefix("job ")
     assert told == f"job {job}: squeue --job {job}; what it says is in {root}/submitted/slurm-{job}.out"
     slurm.wait(job, "COMPLETED")
-    ranks = [json.loads((notes / f"rank_{rank}.json").read_text()) for rank in range(4)]
+    ranks = gpus_and_places(notes, 4)
     assert [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "0", "1"]
     assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["node1", "node1", "node2", "node2"]
     for rank in ranks:
