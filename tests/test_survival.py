@@ -111,13 +111,11 @@ MATRIX = [
 ]
 STOPS = [
     ("python", "file", 0, 2),
-    ("accelerate", "launcher", signal.SIGUSR1, 2),
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
     ("accelerate 2", "launcher", signal.SIGUSR1, 0),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
     ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
     ("torchrun 2", "launcher", signal.SIGINT, 2),
-    ("torchrun 2", "file", 0, 0),
 ]
 TIMES: dict[str, list[float]] = {}  # seconds from the signal until nothing is left, by launcher
 

@@ -131,29 +131,38 @@ def test_two_nodes_train_as_as_many_local_ranks_do(
     assert f"ranks {2 * ranks}, device cpu, threads 1," in job.output.read_text()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_job_that_is_told_of_its_time_limit_goes_back_into_the_queue_and_on(
-    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path], workers: int
+def test_jobs_that_are_told_to_stop_go_back_into_the_queue_and_on(
+    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
 ) -> None:
-    job = Job(slurm, root / f"usr1_{workers}", keys(root, workers)).reports()
-    slurm.tell("scancel", "--signal=USR1", job.id)
-    slurm.release(job.id)
-    job.completes(1, whole[2, workers])
-    assert "slurm.sbatch: the run has stopped and can go on: back into the queue" in job.output.read_text()
+    """Two at once, with 0 and 2 loader workers."""
+    jobs = {workers: Job(slurm, root / f"told_{workers}", keys(root, workers)) for workers in (0, 2)}
+    for job in jobs.values():
+        slurm.tell("scancel", "--signal=USR1", job.reports().id)
+    for job in jobs.values():
+        slurm.release(job.id)
+    for workers, job in jobs.items():
+        job.completes(1, whole[2, workers])
+        assert "slurm.sbatch: the run has stopped and can go on: back into the queue" in job.output.read_text()
 
 
-@pytest.mark.parametrize("partition", ["main", "graceless"])
-def test_a_preempted_job_goes_on_when_the_other_one_is_done(
-    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path], partition: str
+def test_preempted_jobs_go_on_when_the_other_one_is_done(
+    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
 ) -> None:
-    job = Job(slurm, root / f"preempted_{partition}", keys(root, 0), f"--partition={partition}", "--exclusive").reports()
-    urgent = slurm.sbatch(
-        "--partition=urgent", "--nodelist=node1,node2", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
-    )
-    slurm.wait(urgent, "COMPLETED")
-    slurm.release(job.id)
-    job.completes(1, whole[2, 0])
-    assert re.search(STOPPED, job.output.read_text(), re.M)
+    """One in a partition that gives them time to leave, and one in a partition that does not."""
+    options = ["--nodes=1", "--exclusive"]
+    jobs = [
+        Job(slurm, root / f"preempted_{partition}", keys(root, 0), *options, f"--nodelist={node}", f"--partition={partition}")
+        for node, partition in (("node1", "main"), ("node2", "graceless"))
+    ]
+    for job in jobs:
+        job.reports()
+    urgent = ["--partition=urgent", "--nodelist=node1,node2", "--nodes=2", "--exclusive"]
+    slurm.wait(slurm.sbatch(*urgent, "--output=/dev/null", "--wrap=sleep 1"), "COMPLETED")
+    for job in jobs:
+        slurm.release(job.id)
+    for job in jobs:
+        job.completes(1, whole[1, 0])
+        assert re.search(STOPPED, job.output.read_text(), re.M)
 
 
 def test_a_job_that_is_requeued_by_hand_goes_on(slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]) -> None:
@@ -196,22 +205,20 @@ def test_an_element_without_a_value_of_its_own_is_refused(slurm: Cluster, root: 
     assert slurm.wait(f"{job}_2", "FAILED")["ExitCode"] == "2:0"
 
 
-@pytest.mark.parametrize("crashes", [0, 1])
-def test_a_killed_rank_ends_its_job_which_is_tried_again_only_if_asked(
-    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path], crashes: int
-) -> None:
-    environment = {"MAX_CRASHES": "1"} if crashes else {}
-    job = Job(slurm, root / f"killed_{crashes}", keys(root, 0), **environment).reports()
-    slurm.do("at", "node2", "pkill", "-KILL", "-f", f"train.py .*run_dir={job.run_dir}")
-    if crashes:
-        slurm.release(job.id)
-        job.completes(1, whole[2, 0])
-        assert "slurm.sbatch: crash 1 of at most 1: back into the queue\n" in job.output.read_text()
-        return
+def test_a_killed_rank_ends_its_job_which_is_tried_again_only_as_often_as_asked(slurm: Cluster, root: Path) -> None:
+    job = Job(slurm, root / "killed", [*keys(root, 0), "epochs=50"], MAX_CRASHES="1").reports()
+    kill = "pkill", "-KILL", "-f", f"train.py .*run_dir={job.run_dir}"
+    slurm.do("at", "node2", *kill)
+    slurm.release(job.id)
+    assert "slurm.sbatch: crash 1 of at most 1: back into the queue\n" in job.output.read_text()
+    wait_for(job.output, r"back into the queue\n(.*\n)+" + REPORT[1:])
+    slurm.do("at", "node2", *kill)
     failed = slurm.wait(job.id, "FAILED", timeout=30)
-    assert failed["Restarts"] == "0"
-    assert "train.py: rank 1 is gone, so that the others leave too" in job.output.read_text()
+    assert (failed["Restarts"], failed["NodeList"]) == ("1", "node[1-2]")
+    assert job.output.read_text().count("train.py: rank 1 is gone, so that the others leave too") == 2
     assert json.loads((job.run_dir / "status.json").read_text())["cause"] == "rank 1 is gone"
+    attempts = [json.loads(line) for line in (job.run_dir / "attempts.jsonl").read_text().splitlines()]
+    assert [attempt["restarts"] for attempt in attempts] == [0, 1]
 
 
 def gpus_and_places(notes: Path, ranks: int) -> list[dict[str, str]]:
