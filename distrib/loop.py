@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -15,11 +14,11 @@ from distrib.checkpoint import Saver
 from distrib.config import Config, RunError
 from distrib.data.loaders import Batch, Loader
 from distrib.data.steps import DROPOUT, fold
-from distrib.health import check_replicas, check_steps, gradient_norm
+from distrib.health import check_replicas, look_back, nonfinite
 from distrib.log import Log
-from distrib.metrics import means, totals, zeros
+from distrib.metrics import hits, losses, means, totals, zeros
 from distrib.optim import Schedule, move_average, set_learning_rate
-from distrib.state import TrainState, snapshot
+from distrib.state import Told, TrainState, snapshot
 from distrib.watch import Watch
 
 
@@ -75,7 +74,7 @@ def save(state: TrainState, run: Run) -> int:
     Raises RunError if a step was not finite or the ranks' weights differ: that is not worth saving.
     """
     with run.watch.during("save"):
-        check_steps(state, run.config, run.loader.steps, run.accelerator, run.log)
+        look_back(state, run.config, run.loader.steps, run.log)
         check_replicas(state, run.accelerator)
         failure = ranks.agreed(run.saver.wait())
         if failure:
@@ -90,8 +89,8 @@ def save(state: TrainState, run: Run) -> int:
 
 def report(state: TrainState, rate: float, run: Run) -> None:
     """Report the training since the last report, over all ranks. Every rank must call this."""
-    check_steps(state, run.config, run.loader.steps, run.accelerator, run.log)
-    values = means(run.accelerator.reduce(state.sums))  # waits for the device, so that the clock counts what was done
+    look_back(state, run.config, run.loader.steps, run.log)  # waits for the device, so that the clock counts what was done
+    values = means(run.accelerator.reduce(state.sums))
     del values["top5"]
     values |= {"lr": rate, "images_per_second": run.watch.lap() * run.config.batch_size}
     if state.skipped_steps or state.scaler:
@@ -113,44 +112,48 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
     """
     seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
     statistics = [buffer.clone() for buffer in state.network.buffers()] if config.nonfinite == "skip" else []
-    sums = zeros(accelerator.device)
+    told: list[Tensor] = []
     parts = list(zip(*(each.tensor_split(state.micro_batches) for each in batch), strict=True))
     for i, (images, labels) in enumerate(parts, 1):
         # The ranks need to agree on the gradient only once.
         with nullcontext() if i == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+            loss, plain = losses(logits, labels, config.optim.label_smoothing)
             share = len(labels) / len(batch.labels)
-            # Divided by 0 if it is not finite: so the gradient is not either, and all ranks get to know.
-            accelerator.backward(loss * share / loss.detach().isfinite())
-        sums += totals(logits, labels)
+            # A loss that is not finite makes the gradient so, since 0 times it is nan: thus all ranks get to know.
+            accelerator.backward(loss, gradient=share + 0 * loss.detach())
+        told += plain.detach(), hits(logits, labels)
 
     set_learning_rate(state.optimizer, rate)
-    norm = update(state, gradient_norm(state, config, accelerator), accelerator)
-    finite = norm.isfinite()
-    state.sums += torch.where(finite, sums, 0)
-    state.signs.append(torch.stack([norm, sums[0]]))
+    odd = update(state, config, accelerator)
     for buffer, before in zip(state.network.buffers(), statistics, strict=False):
-        buffer.copy_(torch.where(finite, buffer, before))
+        buffer.copy_(torch.where(odd == 0, buffer, before))
     if state.average is not None:
-        move_average(state.average, state.network, config.optim.average_decay)
+        move_average(*state.averaged, config.optim.average_decay)
+    state.told.append(Told([odd, *told], [len(labels) for _, labels in parts]))
     state.step += 1
 
 
-def update(state: TrainState, norm: Tensor, accelerator: Accelerator) -> Tensor:
-    """Step the optimizer, which changes nothing if the gradient's `norm` is not finite; returns the norm.
+def update(state: TrainState, config: Config, accelerator: Accelerator) -> Tensor:
+    """Step the optimizer, which changes nothing if the gradient is not finite; returns 1.0 for that, else 0.0.
 
     fp16's scaler looks for itself, and gradients that overflow are its daily work: they count only where it can go no lower.
     """
     optimizer: Any = state.optimizer
     if not state.scaler:
-        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, by torch's fused optimizers
+        optimizer = optimizer.optimizer  # accelerate's looks for a package on the disk in each step, which takes 0.14 ms
+        optimizer.found_inf = nonfinite(state.weights)  # read on the device, by torch's fused optimizers and by ours
+    if config.optim.clip_norm:
+        accelerator.clip_grad_norm_(state.weights, config.optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    if state.scaler and accelerator.optimizer_step_was_skipped and state.scaler.get_scale() >= 1:
-        state.skipped_steps += 1
-        return torch.zeros_like(norm)
-    return norm
+    if not state.scaler:
+        found: Tensor = optimizer.found_inf
+        return found
+    overflow = accelerator.optimizer_step_was_skipped
+    daily = overflow and state.scaler.get_scale() >= 1
+    state.skipped_steps += daily
+    return torch.tensor(float(overflow and not daily), device=accelerator.device)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

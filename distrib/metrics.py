@@ -15,6 +15,22 @@ def zeros(device: torch.device) -> Tensor:
     return torch.zeros(FIELDS, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
+def losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy, in nats, that is trained on, and the plain one that is reported; both out of one softmax.
+
+    A part `smoothing` of a label's weight is spread over all classes (Szegedy et al., 2016, section 7).
+    """
+    logs = F.log_softmax(logits, dim=1)
+    plain = F.nll_loss(logs, labels)
+    return (1 - smoothing) * plain - smoothing * logs.mean() if smoothing else plain, plain
+
+
+@torch.no_grad()
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of `labels` (n,) have the largest of their `logits` (n, classes)."""
+    return (logits.argmax(1) == labels).sum()
+
+
 @torch.no_grad()
 def totals(logits: Tensor, labels: Tensor) -> Tensor:
     """The sums over a batch, (FIELDS,), from logits (n, classes) and labels (n,); they stay on the device.
@@ -22,9 +38,9 @@ def totals(logits: Tensor, labels: Tensor) -> Tensor:
     The loss is the plain cross-entropy in nats, whatever loss is trained on, so that training and validation compare.
     """
     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     images = torch.full_like(loss, len(labels))
-    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), images]).to(zeros(logits.device).dtype)
+    return torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), images]).to(zeros(logits.device).dtype)
 
 
 def means(sums: Tensor) -> dict[str, float]:

@@ -3,10 +3,9 @@
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -53,14 +52,11 @@ def build_average(model: nn.Module, decay: float) -> nn.Module | None:
     return deepcopy(model).requires_grad_(False) if decay else None
 
 
-def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move every weight and batch statistic of `average` a part 1 - `decay` of the way to that of `model`.
+def move_average(means: list[Tensor], values: list[Tensor], decay: float) -> None:
+    """Move each mean a part 1 - `decay` of the way to its value.
 
     torch's AveragedModel would bring a counter of its own to the device in each step, and wait for it.
     """
-    means, values = (
-        [each for each in chain(of.parameters(), of.buffers()) if each.is_floating_point()] for of in (average, model)
-    )
     get_ema_multi_avg_fn(decay)(means, values, None)  # type: ignore[no-untyped-call]
 
 

@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,13 @@ from distrib.config import Config, UserError, digest
 NUMBER_TYPES = {"step": int, "top1": float, "evaluated_step": int, "best_top1": float, "best_step": int, "skipped_steps": int}
 NUMBER_TYPES |= {"nonfinite_in_a_row": int, "kept_seconds": float}
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+class Told(NamedTuple):
+    """What a step has to tell: it stays on the device until somebody waits for that anyway."""
+
+    scalars: list[Tensor]  # 1.0 if its gradient was not finite, else 0.0; then each part's mean loss and hits
+    images: list[int]  # of each part
 
 
 @dataclass
@@ -40,12 +48,25 @@ class TrainState:
     nonfinite_in_a_row: int = 0
     kept_seconds: float = 0.0  # of steps and evaluations that led here
     micro_batches: int = 1  # parts that a share is cut into
-    signs: list[Tensor] = field(default_factory=list)  # (gradient norm, loss) of the steps since they were last looked at
+    told: list[Told] = field(default_factory=list)  # by the steps since they were last looked at
 
     @property
     def scaler(self) -> Any:
         """fp16's, which is on the optimizer that accelerate prepared; None otherwise."""
         return getattr(self.optimizer, "scaler", None)
+
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters, listed once: to find them in a network takes as long as a small network's step."""
+        return list(self.network.parameters())
+
+    @cached_property
+    def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each tensor of the moving average, and what it is the average of."""
+        assert self.average is not None
+        pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
+        means, values = zip(*((mean, value) for mean, value in pairs if mean.is_floating_point()), strict=True)
+        return list(means), list(values)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the run, under a name of its own."""

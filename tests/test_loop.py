@@ -114,7 +114,7 @@ def test_parts_of_any_size_give_the_gradient_of_the_whole(parts: int) -> None:
     train_step(state, batch, 0.5, config, accelerator)
     torch.testing.assert_close(before - model[1].weight, 0.5 * gradient)
     assert state.step == 1
-    assert state.sums[-1] == 7
+    assert state.told[-1].images == [len(part) for part in torch.arange(7).tensor_split(parts)]
 
 
 def test_a_long_gradient_is_cut() -> None:
@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "ad
     after = state.tensors()
     assert not torch.equal(after["model.0.weight"], before["model.0.weight"])
     assert all(each.isfinite().all() for each in after.values())
-    assert [bool(sign[0].isfinite()) for sign in state.signs] == [True, False, True]
+    assert [step.scalars[0].item() for step in state.told] == [0, 1, 0]
 
 
 def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:

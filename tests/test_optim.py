@@ -6,6 +6,7 @@ from torch import nn
 
 from distrib.config import Config, OptimConfig
 from distrib.optim import Schedule, build_average, build_optimizer, build_schedule, move_average
+from distrib.state import TrainState
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -48,7 +49,8 @@ def test_an_average_follows_weights_and_batch_statistics() -> None:
     with torch.no_grad():
         model[0].weight += 1
         model[1].running_mean += 1
-    move_average(average, model, decay=0.75)
+    state = TrainState(model, model, build_optimizer(model, OptimConfig()), average, torch.zeros(4))
+    move_average(*state.averaged, decay=0.75)
     torch.testing.assert_close(average[0].weight, start[0] + 0.25)
     torch.testing.assert_close(average[1].running_mean, start[1] + 0.25)
     assert build_average(model, decay=0) is None
