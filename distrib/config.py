@@ -112,6 +112,11 @@ class Config(Checked):
         AUTO, "parts that a rank's share of a batch is cut into; auto: as few as fit in memory", "[1, inf)", free=True
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 where the device is good at it")
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = key(
+        "no", "torch.compile's mode for the network: minutes at the start, less time in each step on a GPU"
+    )
+    comm_hook: Literal["no", "bf16", "fp16"] = key("no", "what gradients are rounded to while the ranks exchange them")
+    cudnn_benchmark: bool = key(False, "on a GPU, time cuDNN's ways to convolve: then two runs may differ in bits", free=True)
     nonfinite: Literal["stop", "skip"] = key("stop", "what follows a step whose loss or gradient is not finite", free=True)
     nonfinite_limit: int = key(5, "such steps in a row that are skipped; one more ends the run", "[1, inf)", free=True)
     log_every: int = key(50, "steps between two reports", "[1, inf)", free=True)
@@ -173,8 +178,9 @@ def _parse(pair: str) -> DictConfig:
 
 
 def _merged(config: DictConfig, keys: DictConfig, where: str) -> DictConfig:
-    if keys.get("precision") is False:  # YAML's reading of a bare `no`
-        keys["precision"] = "no"
+    for name in ("precision", "compile", "comm_hook"):
+        if keys.get(name) is False:  # YAML's reading of a bare `no`
+            keys[name] = "no"
     try:
         config = cast(DictConfig, OmegaConf.merge(config, keys))
         OmegaConf.to_object(config)  # checks the ranges

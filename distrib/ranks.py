@@ -14,9 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-from torch import nn
-from torch.optim import Optimizer
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, broadcast_object_list, gather_object
 
 from distrib import interrupt
 from distrib.config import Config, UserError, one_line
@@ -45,6 +43,9 @@ def start(config: Config) -> tuple[Accelerator, str]:
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_ranks} ranks on this machine are more than its {gpus} GPUs: {way_out}")
 
+    if gpus:
+        torch.backends.cudnn.benchmark = config.cudnn_benchmark
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
     join("cuda" if gpus else "cpu", config)
     state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
     assert state.num_processes == launched_world(), state.num_processes
@@ -53,7 +54,7 @@ def start(config: Config) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         cpu=not gpus,
         mixed_precision=precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[ddp_options(config)],
     )
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     return accelerator, f"ranks {state.num_processes}, device {device}, threads {threads}, precision {precision} ({why})"
@@ -79,12 +80,10 @@ def patience(config: Config) -> timedelta:
     return timedelta(seconds=max(asdict(config.limits).values()) + 30)
 
 
-def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """What a step calls, `network` inside DDP if there are several ranks, and its optimizer. Every rank must call this."""
-    model, optimizer = accelerator.prepare(network, optimizer)
-    # Batch statistics are made equal when they are used: in each forward pass that would be a collective that waits.
-    model.broadcast_buffers = False
-    return model, optimizer
+def ddp_options(config: Config) -> DistributedDataParallelKwargs:
+    """How the ranks exchange gradients; batch statistics they do not: in each forward pass that would be one more exchange."""
+    hook = DDPCommunicationHookType(config.comm_hook)
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
 
 
 def threads_of_a_rank(local_ranks: int) -> int:
