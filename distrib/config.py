@@ -68,7 +68,9 @@ class DataConfig(Checked):
     size: int = key(224, "pixels: height and width that the images of folder are brought to", "[1, inf)")
     crop_area: float = key(0.25, "folder: least part of a training image's area that its random crop shows", "(0, 1]")
     shift: int = key(1, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")
-    flip: bool = key(False, "mirror half of the training images, drawn anew each epoch")
+    flip: Literal["none", "random", "alternating"] = key(
+        "none", "mirror half of the training images: random ones, or in turn, so that two epochs show both sides of each"
+    )
     erase: int = key(0, "pixels: side of a square that is blanked in each training image (Cutout)", "[0, inf)")
 
 
@@ -78,14 +80,17 @@ class ModelConfig(Checked):
     norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
     width: int = key(64, "cnn: channels of its first block; the next ones have 2 and 4 times as many", "[1, inf)")
     dropout: float = key(0.0, "cnn: part of the features that is dropped before the last layer", "[0, 1)")
+    whiten: int = key(0, "pixels: side of the patches that a first layer decorrelates, with filters not learned; 0: none", "[0, 7]")
     weights: str = key("", "pretrained weights: a name of torchvision's (DEFAULT), or a .safetensors or .pth file")
 
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    name: Literal["sgd", "adamw"] = key("sgd", "sgd, with Nesterov's momentum, or adamw")
+    name: Literal["sgd", "adamw", "muon"] = key("sgd", "sgd with Nesterov's momentum, adamw, or muon: sgd by orthogonal steps")
     lr: float = key(0.1, "learning rate at its peak, for the whole batch_size: ranks do not scale it", "(0, inf)")
-    momentum: float = key(0.9, "momentum of sgd, first beta of adamw", "[0, 1)")
+    bias_lr: float = key(1.0, "times lr: the learning rate of biases, and of the weights of norms", "[0, inf)")
+    head_lr: float = key(1.0, "times lr: the learning rate of the last layer's weights", "[0, inf)")
+    momentum: float = key(0.9, "momentum of sgd and muon, first beta of adamw", "[0, 1)")
     weight_decay: float = key(5e-4, "pull of weights towards 0, per learning rate; none on biases and norms", "[0, inf)")
     warmup_epochs: float = key(1.0, "epochs in which the learning rate rises to its peak", "[0, inf)")
     schedule: Literal["cosine", "linear"] = key("cosine", "how the learning rate falls from its peak to 0 at the end")
@@ -115,6 +120,7 @@ class Config(Checked):
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = key(
         "no", "torch.compile's mode for the network: minutes at the start, less time in each step on a GPU"
     )
+    views: Literal[1, 2, 6] = key(1, "evaluation: 1 shows an image as it is, 2 mirrored too, 6 also moved by a pixel; logits are averaged")
     comm_hook: Literal["no", "bf16", "fp16"] = key("no", "what gradients are rounded to while the ranks exchange them")
     cudnn_benchmark: bool = key(False, "on a GPU, time cuDNN's ways to convolve: then two runs may differ in bits", free=True)
     nonfinite: Literal["stop", "skip"] = key("stop", "what follows a step whose loss or gradient is not finite", free=True)

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distrib.config import Config, OptimConfig
+from distrib.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,23 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> Optimizer:
-    """Biases, and the weights and biases of norms, do not decay: all that have fewer than 2 dimensions."""
+    """An optimizer whose groups have a learning rate of their own, `scale` times that of the step.
+
+    Biases, and the weights and biases of norms, do not decay: all that have fewer than 2 dimensions. Muon makes the steps of
+    all other weights orthogonal, but for those of the last layer, in which each class learns for itself.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, vectors = ([p for p in parameters if (p.dim() > 1) == large] for large in (True, False))
+    decays = {"weight_decay": config.weight_decay}
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": matrices[:-1], "scale": 1.0, **decays, **({"inertia": config.momentum} if config.name == "muon" else {})},
+        {"params": matrices[-1:], "scale": config.head_lr, **decays},
+        {"params": vectors, "scale": config.bias_lr, "weight_decay": 0.0},
     ]
     if config.name == "adamw":
         return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
+    if config.name == "muon":
+        return Muon(groups, config.lr, config.momentum, fused=fused)
     return SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
 
 
@@ -62,4 +72,4 @@ def move_average(means: list[Tensor], values: list[Tensor], decay: float) -> Non
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]

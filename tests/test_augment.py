@@ -8,12 +8,12 @@ from distrib.data.augment import Augment, erased, moved, normalized
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-ALL = DataConfig(shift=2, flip=True, erase=3)
+ALL = DataConfig(shift=2, flip="random", erase=3)
 
 
 def test_moving_and_mirroring_is_what_it_says_pixel_by_pixel() -> None:
     down, right, mirror = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)).unbind()
-    got = moved(IMAGES, down, right, mirror, shift=2)
+    got = moved(IMAGES, down, right, mirror < 0.5, shift=2)
     for image, out, dy, dx, flip in zip(IMAGES, got, (down * 5).long(), (right * 5).long(), mirror < 0.5, strict=True):
         expected = torch.zeros_like(image)
         for row in range(9):
@@ -42,7 +42,7 @@ def test_every_shift_occurs_and_half_of_the_images_are_mirrored() -> None:
     assert counts.sum() == 9000
     left = torch.zeros(9000, 1, 1, 2, dtype=torch.uint8)
     left[..., 0] = 1
-    mirrored = Augment(DataConfig(shift=0, flip=True), seed=0)(left, Share(0, torch.arange(9000)))[..., 1].sum()
+    mirrored = Augment(DataConfig(shift=0, flip="random"), seed=0)(left, Share(0, torch.arange(9000)))[..., 1].sum()
     assert 4300 < mirrored < 4700
 
 
@@ -60,6 +60,16 @@ def test_each_epoch_and_seed_has_its_own_noise() -> None:
     assert not torch.equal(batch(0, 0), batch(0, 1))
     assert not torch.equal(batch(0, 0), batch(1, 0))
     assert torch.equal(batch(1, 1), batch(1, 1))
+
+
+def test_in_two_epochs_each_image_shows_both_sides() -> None:
+    augment = Augment(DataConfig(shift=0, flip="alternating"), seed=0)
+    epochs = [augment(IMAGES, Share(epoch, torch.arange(200))) for epoch in range(4)]
+    mirrored = [(each == IMAGES.flip(3)).flatten(1).all(1) for each in epochs]
+    assert 70 < mirrored[0].sum() < 130
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+    assert torch.equal(mirrored[1], mirrored[3])
 
 
 def test_without_noise_nothing_changes() -> None:

@@ -22,7 +22,7 @@ from distrib.config import Config, OptimConfig, UserError, help_text, load_confi
         (["epochs=nan"], "epochs is nan, not in (0, inf)"),
         (["optim.momentum=1"], "optim.momentum is 1.0, not in [0, 1)"),
         (["keep=1"], "keep is 1, not in [2, inf)"),
-        (["optim.name=adam"], "optim.name: Invalid value 'adam', expected one of ['sgd', 'adamw']"),
+        (["optim.name=adam"], "optim.name: Invalid value 'adam', expected one of ['sgd', 'adamw', 'muon']"),
         (["optim=3"], "optim: Merge error"),
         (["seed=[1"], "'seed=[1' is not key=value"),
         (["seed=${x}"], "seed: Interpolation key 'x' not found"),
@@ -75,7 +75,7 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 
 def test_a_config_survives_being_written_and_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    config = load_config(["precision=no", "run_dir=/a folder/with blanks", "data.flip=true", "optim.schedule=linear"])
+    config = load_config(["precision=no", "run_dir=/a folder/with blanks", "data.flip=random", "optim.schedule=linear"])
     path.write_text(to_yaml(config))
     assert load_config([str(path)]) == config
 

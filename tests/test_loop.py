@@ -51,7 +51,7 @@ def plain_state(model: nn.Module, accelerator: Accelerator, config: OptimConfig)
     return TrainState(prepared, model, optimizer, None, zeros(accelerator.device))
 
 
-ALL = ["model.dropout=0.3", "data.flip=true", "data.erase=2", "optim.average_decay=0.9", "save_every=8", "eval_every=7"]
+ALL = ["model.dropout=0.3", "data.flip=random", "data.erase=2", "optim.average_decay=0.9", "save_every=8", "eval_every=7"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -33,7 +33,7 @@ KEYS = [
     "optim.warmup_epochs=0.5",
     "optim.average_decay=0.9",
 ]
-NOISE = ["data.shift=1", "data.flip=true", "data.erase=2"]
+NOISE = ["data.shift=1", "data.flip=random", "data.erase=2"]
 WAYS = {
     "memory": ["data.name=uneven"],
     "micro": ["data.name=uneven", "micro_batches=3"],

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.steps import AUGMENT, Share, fold, noise
+from distrib.data.steps import AUGMENT, TURN, Share, fold, noise
 
 
 @dataclass(frozen=True)
@@ -18,27 +18,36 @@ class Augment:
     seed: int
 
     def __call__(self, images: Tensor, share: Share) -> Tensor:
-        if not (self.config.shift or self.config.flip or self.config.erase):
+        shift, flip, erase = self.config.shift, self.config.flip, self.config.erase
+        if not shift and flip == "none" and not erase:
             return images
-        key = fold(self.seed, AUGMENT, share.epoch)
-        drawn = noise(key, share.images.to(images.device), draws=5)
-        down, right, mirror, row, column = drawn.unbind(1)
-        if self.config.shift or self.config.flip:
-            images = moved(images, down, right, mirror if self.config.flip else torch.ones_like(mirror), self.config.shift)
-        if self.config.erase:
-            images = erased(images, row, column, self.config.erase)
-        return images
+        ids = share.images.to(images.device)
+        down, right, side, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
+        if shift or flip != "none":
+            mirror = side < 0.5 if flip == "random" else self.turned(ids, share.epoch) if flip == "alternating" else None
+            images = moved(images, down, right, mirror, shift)
+        return erased(images, row, column, erase) if erase else images
+
+    def turned(self, ids: Tensor, epoch: int) -> Tensor:
+        """Whether an image is mirrored, (n,): half of them are in the first epoch, and each is in every other one.
+
+        Two epochs in a row then show both sides of each image, which saves about a tenth of the steps (Jordan, 2024,
+        "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.6).
+        """
+        return (noise(fold(self.seed, TURN), ids, draws=1)[:, 0] < 0.5) != bool(epoch % 2)
 
 
-def moved(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor, shift: int) -> Tensor:
-    """Each image moved by up to `shift` pixels, black where it came from, and mirrored where `mirror` (n,) is < 0.5.
+def moved(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None, shift: int) -> Tensor:
+    """Each image moved by up to `shift` pixels, black where it came from, and mirrored where `mirror` (n,) says so.
 
     `down` and `right`, (n,) in [0, 1), stand for -shift to shift. One gather does it all.
     """
     n, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device) + (down[:, None] * (2 * shift + 1)).long()  # in the padded image
-    columns = torch.arange(width, device=images.device).expand(n, width)
-    columns = torch.where(mirror[:, None] < 0.5, columns.flip(1), columns) + (right[:, None] * (2 * shift + 1)).long()
+    columns = torch.arange(width, device=images.device)
+    if mirror is not None:
+        columns = torch.where(mirror[:, None], columns.flip(0), columns)
+    columns = columns + (right[:, None] * (2 * shift + 1)).long()
     padded = F.pad(images, (shift,) * 4).flatten(2)
     pixels = rows[:, :, None] * (width + 2 * shift) + columns[:, None, :]
     return padded.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(images.shape)

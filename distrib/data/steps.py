@@ -14,7 +14,7 @@ from torch import Tensor
 from distrib.config import UserError, refuse_uneven
 
 # What a random number is for: each use draws from a stream of its own.
-ORDER, AUGMENT, CROP, DROPOUT = range(4)
+ORDER, AUGMENT, CROP, DROPOUT, TURN = range(5)
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # shifts and factors of SplitMix64
