@@ -11,16 +11,16 @@ FILES = {
     for path in (ROOT / "train.py", *ROOT.glob("distrib/**/*.py"))
 }
 LAYERS = [  # each may import from those below it
-    ["train.py"],
-    ["distrib/loop.py"],
-    ["distrib/watch.py", "distrib/memory.py", "distrib/health.py"],
+    ["train.py", "distrib/scale/__main__.py"],
+    ["distrib/loop.py", "distrib/scale/step.py"],
+    ["distrib/watch.py", "distrib/memory.py", "distrib/health.py", "distrib/scale/network.py"],
     ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py"],
     ["distrib/state.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
     ["distrib/data/files.py"],
     ["distrib/data/steps.py"],
-    ["distrib/config.py", "distrib/interrupt.py"],
+    ["distrib/config.py", "distrib/interrupt.py", "distrib/scale/cluster.py"],
 ]
 DOORS = {
     "accelerate": {"distrib/ranks.py", "distrib/loop.py", "distrib/memory.py", "distrib/health.py"},

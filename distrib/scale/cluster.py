@@ -1,0 +1,137 @@
+"""A cluster on paper: what its GPUs, its links and its failures cost. Every constant has its unit and its source here."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+DAY = 86_400.0  # seconds
+
+# How NCCL itself estimates an all-reduce, to choose how it is done: src/graph/tuning.cc of NVIDIA/nccl at 5067397, for Hopper
+# and Intel hosts. Microseconds to begin, for a hop inside a node, and for a hop between nodes.
+LATENCY = {
+    ("ring", "LL"): (6.6, 0.6, 2.7),
+    ("ring", "LL128"): (14.0, 1.9, 4.0),
+    ("ring", "Simple"): (8.4, 3.4, 14.0),
+    ("tree", "LL"): (6.8, 0.6, 5.0),
+    ("tree", "LL128"): (14.0, 1.25, 8.5),
+    ("tree", "Simple"): (8.4, 4.0, 14.0),
+    ("NVLS", "Simple"): (0.0, 25.0, 0.0),
+    ("NVLSTree", "Simple"): (0.0, 25.0, 20.9),
+}
+PLATEAU = 1.4  # factor on the latency of a ring between nodes, in protocol Simple
+LL_LIMIT = (141e9, 39e9, 20.4e9)  # bytes/s in protocol LL: on one node, two nodes, more
+# The part of its bandwidth that a tree reaches with 64 bytes, 128, 256, and so on.
+TREE_REACHES = {
+    "LL": (1, 1, 1, 1, 0.9, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "LL128": (1, 1, 1, 1, 1, 0.9, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.8, 0.9, 0.9, 0.9, 0.9),
+    "Simple": (
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0.8,
+        0.7,
+        0.6,
+        0.6,
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.7,
+        0.7,
+        0.8,
+        0.9,
+        0.9,
+    ),
+}
+
+
+class Measured(NamedTuple):
+    """An all-reduce that somebody measured with nccl-tests."""
+
+    gpus: int
+    size: int  # bytes
+    seconds: float
+    where: str
+
+
+MEASURED = (  # larger ones are told as bandwidths of the bus: 2 (gpus - 1) / gpus times the size, in a second
+    Measured(128, 64, 62e-6, "NVIDIA/nccl#1469, H100"),
+    Measured(128, 64 << 20, 2 * 127 / 128 * (64 << 20) / 150e9, "the same, in its better runs"),
+    Measured(1_984, 512 << 20, 2 * 1983 / 1984 * (512 << 20) / 350e9, "NVIDIA/nccl-tests#283, H200"),
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of 8 H100 (SXM), which have NVLink among them and an adapter of 400 Gb/s each."""
+
+    node: int = 8  # GPUs
+    flops: float = 0.62 * 989e12  # per second, in bf16: NVIDIA's data sheet, and the part of it that is reached (docs/scale.md)
+    memory: float = 3.35e12  # bytes/s: NVIDIA's data sheet
+    accesses: float = 17.0  # in a step, to what a convolution gives, of 2 bytes a number (docs/scale.md)
+    nvlink: float = 370e9  # bytes/s of a ring inside a node: 18 links of 20.6 GB/s (NCCL's src/graph/topo.h; nccl-tests#212)
+    nvls: float = 476e9  # bytes/s where the switch inside a node adds, as nccl-tests counts them: measured (nccl-tests#290)
+    network: float = 8 * 48e9  # bytes/s between nodes: 46 to 48 GB/s of an adapter (nccl-tests#290)
+    jitter: float = 0.01  # standard deviation of the ranks' compute times, as a part of these: assumed
+    failures: float = 419 / 54 / 16_384  # of a GPU in a day: unexpected interruptions of Llama 3 (Dubey et al., 2024, 3.3.4)
+    restart: float = (
+        600.0  # seconds: 5 minutes until SLURM gives a node up, 2 in its queue (docs/slurm.md), 3 to start (assumed)
+    )
+    copying: float = 204e6 / 5.3e-3  # bytes/s of state, for which training waits at a save: measured (docs/surviving.md)
+
+    def all_reduce(self, size: float, gpus: int) -> float:
+        """Seconds until every one of `gpus` has the sum of `size` bytes: the least over NCCL's algorithms and protocols."""
+        if gpus == 1:
+            return 0.0
+        nodes = -(-gpus // self.node)
+        doublings = int(math.log2(nodes))
+        hops = {  # inside a node, between nodes
+            "ring": (2 * (gpus - nodes), 2 * (nodes - 1)),
+            "tree": (2 * (min(gpus, self.node) - 1), 2 * doublings),
+            "NVLSTree" if nodes > 1 else "NVLS": (1, 2 * doublings),
+        }
+        times = []
+        for (algorithm, protocol), (begin, inside, between) in LATENCY.items():
+            if algorithm in hops:
+                latency = begin + inside * hops[algorithm][0] + between * hops[algorithm][1]
+                latency *= PLATEAU if (algorithm, protocol) == ("ring", "Simple") and nodes > 1 else 1
+                times.append(latency * 1e-6 + size / self.bandwidth(algorithm, protocol, size, gpus))
+        return min(times)
+
+    def bandwidth(self, algorithm: str, protocol: str, size: float, gpus: int) -> float:
+        """Bytes of the tensor per second."""
+        nodes = -(-gpus // self.node)
+        link = self.network if nodes > 1 else self.nvls if algorithm == "NVLS" else self.nvlink
+        limit = LL_LIMIT[min(nodes, 3) - 1]
+        if algorithm == "tree":
+            link *= 0.92
+            if protocol != "Simple":
+                link = min(link / 3.8, limit) if protocol == "LL" else link * (7 / 9 if nodes == 1 else 120 / 128)
+            power, reaches = int(size / 64).bit_length() - 1, TREE_REACHES[protocol]
+            return link * 0.85 * (reaches[power] if 0 <= power < len(reaches) else 1) / 2  # each byte goes up and comes down
+        if protocol != "Simple":
+            link = min(link / 2, limit) if protocol == "LL" else link * 0.92
+        return link * gpus / (2 * (gpus - 1))
+
+    def waiting(self, gpus: int) -> float:
+        """What a step lasts longer because the slowest of its ranks does, as a part of its compute time.
+
+        That is about the expected maximum of so many normal numbers.
+        """
+        return self.jitter * math.sqrt(2 * math.log(gpus))
+
+    def goodput(self, stall: float, gpus: int) -> tuple[float, float]:
+        """Seconds from save to save, each of which stalls training for `stall`; and the part of all time that is not lost.
+
+        The interval is the one that loses least (Young, 1974; Daly, 2006): a failure costs half of it, and a restart.
+        """
+        between_failures = DAY / (self.failures * gpus)
+        interval = math.sqrt(2 * stall * between_failures)
+        return interval, 1 / (1 + stall / interval + (interval / 2 + self.restart) / between_failures)
