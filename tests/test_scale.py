@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_a_networks_facts_are_those_that_are_known_of_it(resnet50: Network) -> N
     assert network_of(adamw, CLUSTER).state - resnet50.state == 4 * 2 * resnet50.weights
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "regnet_y_400mf", "vit_b_16"])
+def test_torchvisions_other_networks_are_gone_through_too(name: str) -> None:
+    network = network_of(load_config(["configs/imagenet.yaml", f"model.name={name}"]), CLUSTER)
+    assert sum(bucket.size for bucket in network.buckets) == 4 * network.weights
+    assert 0.32 < network.forward < 0.36
+
+
 def test_every_data_set_is_known_without_being_loaded() -> None:
     assert {*SETS, "folder"} == SOURCES.keys()
     digits = load_source(DataConfig(), download=False)
@@ -137,12 +145,17 @@ def test_the_interval_between_saves_is_the_best_one() -> None:
     assert CLUSTER.goodput(stall, 8)[1] > goodput
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in ROOT.glob("configs/*.yaml")))
-def test_each_config_is_predicted(config: str) -> None:
-    command = [sys.executable, "-m", "distrib.scale", f"configs/{config}", "--gpus", "8,96,4096"]
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_each_config_is_predicted(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "--gpus", "8,96,4096"]) == 0
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["8", "96", "4,096"]
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    command = [sys.executable, "-m", "distrib.scale", "configs/imagenet.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [row[0] for row in rows(done.stdout)] == ["8", "96", "4,096"]
+    assert done.stdout in (ROOT / "docs/scale.md").read_text()
 
 
 def test_one_gpu_is_as_fast_as_it_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +175,12 @@ def test_a_batch_that_is_divided_stays_the_same(capsys: pytest.CaptureFixture[st
     [
         (["--gpus"], "--gpus: '' is not a number from 1 to 999,999,999: write it as in --gpus 8..4096 or 8,96,2528"),
         (["--gpus", "8..many"], "--gpus: 'many' is not a number"),
+        (["--gpus", "64..8"], "--gpus 64..8 ends before it begins"),
         (["--gpus", "8,12"], "12 GPUs are not whole nodes of 8: use 8 or 16"),
         (["--per-gpu", "0"], "--per-gpu: '0' is not a number"),
         (["--per-gpu", "4", "--global-batch"], "give one of them"),
         (["--measured", "2500"], "--measured: '' is not a number from 1 to 999,999,999: write it as in --measured 2500@256"),
+        (["--measured", "999999999@1"], "--measured 999999999@1 is more than the optimizer leaves time for"),
         (["--global-batch", "batch_size=96", "--gpus", "64"], "batch_size 96 does not divide among 64 ranks: use 64 or 128"),
         (["--gpu", "8"], "what is '--gpu'?"),
         (["data.name=svhn"], "there is no data set 'svhn': use one of digits, mnist"),

@@ -62,6 +62,8 @@ def numbers_of_gpus(text: str, node: int) -> list[int]:
     gpus = [number("--gpus", each) for each in first.split(",")]
     while dots and 2 * gpus[-1] <= number("--gpus", last):
         gpus.append(2 * gpus[-1])
+    if dots and gpus[-1] > int(last):
+        raise UserError(f"--gpus {text} ends before it begins: write it as in --gpus {FORMS['--gpus']}")
     for each in gpus:
         spare = each % node
         if each > node and spare:

@@ -91,9 +91,12 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def network_of(config: Config, cluster: Cluster) -> Network:
     """The network that the trainer would build. Raises UserError if its name or the data's is unknown, or they do not fit."""
-    data = data_of(config.data)
-    with torch.device("meta"):
-        model = build_model(replace(config.model, weights=""), data.shape, data.classes)
+    data, wanted = data_of(config.data), replace(config.model, weights="")
+    try:
+        with torch.device("meta"):
+            model = build_model(wanted, data.shape, data.classes)
+    except NotImplementedError:  # a RegNet computes its widths with tensors
+        model = build_model(wanted, data.shape, data.classes).to("meta")
     roofline, ready = Roofline(cluster), list[tuple[nn.Parameter, float]]()
     for parameter in model.parameters():
         hooked: Any = parameter

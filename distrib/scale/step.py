@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distrib.config import Config, DataConfig, ModelConfig
+from distrib.config import Config, DataConfig, ModelConfig, UserError
 from distrib.scale.cluster import Cluster
 from distrib.scale.network import Bucket, Network, network_of
 
@@ -42,8 +42,11 @@ class Speed:
         return self.layer * network.layers + self.image * network.image * share + network.update
 
     def measured(self, network: Network, rate: float, share: int) -> "Speed":
-        """This speed, scaled so that one GPU trains `rate` images per second, `share` in each step."""
+        """This speed, scaled so that one GPU trains `rate` images per second, `share` in each step. Raises UserError."""
         factor = (share / rate - network.update) / (self.compute(network, share) - network.update)
+        if factor <= 0:
+            fastest = share / network.update
+            raise UserError(f"--measured {rate}@{share} is more than the optimizer leaves time for: {fastest:,.0f} images/s")
         return Speed(self.layer * factor, self.image * factor)
 
 
