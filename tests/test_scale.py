@@ -113,6 +113,7 @@ def test_a_convolution_costs_its_multiplications_and_its_traffic_forward_and_twi
 
 def test_a_networks_facts_are_those_that_are_known_of_it(resnet50: Network) -> None:
     assert (resnet50.weights, resnet50.layers) == (25_557_032, 54)
+    assert resnet50.update == pytest.approx(5 * 4 * resnet50.weights / CLUSTER.memory)
     multiplications = Cluster(accesses=0)
     assert network_of(RESNET50, multiplications).image * multiplications.flops == pytest.approx(6 * 4.09e9, rel=0.02)
     adamw = replace(RESNET50, optim=replace(RESNET50.optim, name="adamw", average_decay=0.9))

@@ -108,7 +108,7 @@ def network_of(config: Config, cluster: Cluster) -> Network:
 
     backward = roofline.seconds - forward
     weights = sum(parameter.numel() for parameter, _ in ready)
-    moments = {"sgd": 1, "adamw": 2}[config.optim.name]
+    moments = 2 if config.optim.name == "adamw" else 1
     copies = 1 + moments + bool(config.optim.average_decay)
     return Network(
         weights,
