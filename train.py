@@ -20,7 +20,7 @@ from distrib.log import Log
 from distrib.loop import Run, fit
 from distrib.memory import out_of_memory_told, parts_that_fit
 from distrib.metrics import zeros
-from distrib.models import build_model
+from distrib.models import build_model, fit_whitening
 from distrib.optim import build_average, build_optimizer, build_schedule
 from distrib.state import TrainState, about, progress, restore
 from distrib.watch import Watch
@@ -42,6 +42,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
 
         torch.manual_seed(config.seed)
         network = ranks.first(lambda leads: build_model(config.model, source.shape, len(source.classes))).to(device)
+        fit_whitening(network, loader.sample)
         average = build_average(network, config.optim.average_decay)
         optimizer = build_optimizer(network, config.optim, fused=accelerator.scaler is None)
         if config.compile != "no":

@@ -80,7 +80,9 @@ class ModelConfig(Checked):
     norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
     width: int = key(64, "cnn: channels of its first block; the next ones have 2 and 4 times as many", "[1, inf)")
     dropout: float = key(0.0, "cnn: part of the features that is dropped before the last layer", "[0, 1)")
-    whiten: int = key(0, "pixels: side of the patches that a first layer decorrelates, with filters not learned; 0: none", "[0, 7]")
+    whiten: int = key(
+        0, "pixels: side of the patches that a first layer, which is not learned, decorrelates; 0: none", "[0, 7]"
+    )
     weights: str = key("", "pretrained weights: a name of torchvision's (DEFAULT), or a .safetensors or .pth file")
 
 
@@ -120,7 +122,7 @@ class Config(Checked):
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = key(
         "no", "torch.compile's mode for the network: minutes at the start, less time in each step on a GPU"
     )
-    views: Literal[1, 2, 6] = key(1, "evaluation: 1 shows an image as it is, 2 mirrored too, 6 also moved by a pixel; logits are averaged")
+    views: Literal[1, 2, 6] = key(1, "of an image in an evaluation: 2 mirrors it too, 6 also moves it; logits are averaged")
     comm_hook: Literal["no", "bf16", "fp16"] = key("no", "what gradients are rounded to while the ranks exchange them")
     cudnn_benchmark: bool = key(False, "on a GPU, time cuDNN's ways to convolve: then two runs may differ in bits", free=True)
     nonfinite: Literal["stop", "skip"] = key("stop", "what follows a step whose loss or gradient is not finite", free=True)

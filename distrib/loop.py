@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distrib import ranks
 from distrib.checkpoint import Saver
 from distrib.config import Config, RunError
+from distrib.data.augment import views
 from distrib.data.loaders import Batch, Loader
 from distrib.data.steps import DROPOUT, fold
 from distrib.health import check_replicas, look_back, nonfinite
@@ -171,7 +172,7 @@ def validate(state: TrainState, run: Run) -> None:
     part = -(-run.loader.steps.share // state.micro_batches)  # images that are known to fit in memory at once
     with run.watch.during("evaluation"):
         for group, model in models.items():
-            values = evaluate(model, run.loader, part, run.accelerator)
+            values = evaluate(model, run.loader, part, run.config.views, run.accelerator)
             run.log.validation(state.step, group, values)
             state.top1, state.evaluated_step = values["top1"], state.step
     if state.top1 > state.best_top1:
@@ -179,8 +180,10 @@ def validate(state: TrainState, run: Run) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, part: int, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: Loader, part: int, count: int, accelerator: Accelerator) -> dict[str, float]:
     """Loss, top1 and top5 over the whole validation set, `part` images at a time, each counted once. Every rank must call this.
+
+    Logits are averaged over `count` views of an image.
 
     The ranks' shares may be uneven: `model` is not the DDP one, so nothing is exchanged before the sums are.
     """
@@ -190,7 +193,7 @@ def evaluate(model: nn.Module, loader: Loader, part: int, accelerator: Accelerat
     model.eval()
     for images, labels in loader.val(part):
         with accelerator.autocast():
-            logits = model(images)
+            logits = torch.stack([weight * model(view) for weight, view in views(images, count)]).sum(0)
         sums += totals(logits, labels)
     model.train()
     sums = accelerator.reduce(sums)

@@ -1,5 +1,7 @@
 """Networks by name: ours, then torchvision's, brought to the channels, classes and size of the data."""
 
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,66 @@ from distrib.config import ModelConfig, UserError
 
 SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
 
+RIDGE = 5e-4  # keeps directions in which patches hardly vary from being blown up
+
 Shape = tuple[int, int, int]  # channels, height, width
 
 
 def build_model(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
     """A network from images (n, *shape) to logits (n, classes). Raises UserError if the name, size or weights do not fit.
 
-    The initial weights are drawn from torch's global generator: seed it first.
+    The initial weights are drawn from torch's global generator: seed it first. With `whiten`, fit the `Whitening` next.
     """
+    whitening = Whitening(shape, config.whiten) if config.whiten else None
+    inner = whitening.shape if whitening else shape
     if config.name == "cnn":
-        model: nn.Module = CNN(shape[0], classes, config.width, config.dropout)
+        model: nn.Module = CNN(inner[0], classes, config.width, config.dropout)
     else:
-        model = adapted(_of_torchvision(config.name, classes), shape)
+        model = adapted(_of_torchvision(config.name, classes), inner)
     if config.weights:
         load_pretrained(model, config)
     if config.norm == "group":
         model = with_group_norm(model)
+    if whitening:
+        model = nn.Sequential(OrderedDict(whitening=whitening, network=model))
     _try_out(model, config.name, shape, classes)
     return model.to(memory_format=torch.channels_last)
+
+
+class Whitening(nn.Module):
+    """A first layer that is computed, not learned: its outputs over a patch of the images are uncorrelated, of variance 1.
+
+    Each filter comes with its negative, so that nothing is lost in the ReLU; only the biases learn (Page, "How to train your
+    ResNet", 2018; Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+    """
+
+    def __init__(self, shape: Shape, side: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.shape: Shape = (2 * channels * side**2, height - side + 1, width - side + 1)
+        self.convolution = nn.Conv2d(channels, self.shape[0], side)
+        self.convolution.weight.requires_grad_(False)
+        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.convolution(images))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Compute the filters from normalised training images, (n, channels, height, width)."""
+        weight = self.convolution.weight
+        patches = F.unfold(images.float(), weight.shape[2]).transpose(1, 2).flatten(0, 1)
+        variances, directions = torch.linalg.eigh(patches.T.double() @ patches.double() / len(patches))
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        filters = (directions * largest.sign() / (variances + RIDGE).sqrt()).T.reshape(-1, *weight.shape[1:])
+        weight.copy_(torch.cat([filters, -filters]))
+
+
+def fit_whitening(model: nn.Module, sample: Callable[[], Tensor]) -> None:
+    """Fit the first layer of `model`, if it is a `Whitening`, to the images that `sample` gives."""
+    for each in model.modules():
+        if isinstance(each, Whitening):
+            each.fit(sample())
 
 
 class CNN(nn.Module):

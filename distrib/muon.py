@@ -42,8 +42,9 @@ class Muon(SGD):
                 moved = buffer * group["inertia"] + weight.grad
                 step = orthogonal((weight.grad + moved * group["inertia"]).flatten(1)).view_as(weight)
                 weight.grad.copy_(step)  # in place: DDP's gradients are parts of its buckets
-                buffer.copy_(moved if found is None else torch.where(found == 1, buffer, moved))
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                scaled = weight * (len(weight) ** 0.5 / weight.norm())
+                for old, new in ((buffer, moved), (weight, scaled)):
+                    old.copy_(new if found is None else torch.where(found == 1, old, new))
         super().step()
 
 
@@ -56,4 +57,5 @@ def orthogonal(matrix: Tensor, rounds: int = ROUNDS) -> Tensor:
     for _ in range(rounds):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    found: Tensor = x.T if tall else x
+    return found

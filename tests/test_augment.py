@@ -1,10 +1,11 @@
 """Noise on batches: exact against a plain loop over images, and a function of (seed, epoch, image)."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.augment import Augment, erased, moved, normalized
+from distrib.data.augment import Augment, erased, moved, normalized, views
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,23 @@ def test_in_two_epochs_each_image_shows_both_sides() -> None:
 
 def test_without_noise_nothing_changes() -> None:
     assert Augment(DataConfig(shift=0), seed=0)(IMAGES, Share(0, torch.arange(200))) is IMAGES
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_views_of_an_image_have_weights_that_add_up_to_1(count: int) -> None:
+    images = torch.randn(2, 3, 9, 7)
+    shown = list(views(images, count))
+    assert len(shown) == count
+    assert sum(weight for weight, _ in shown) == 1
+    assert all(each.shape == images.shape for _, each in shown)
+    assert torch.equal(shown[0][1], images)
+    if count > 1:
+        assert torch.equal(shown[1][1], images.flip(3))
+    if count == 6:
+        (_, up_left), (_, mirrored), (_, down_right), _ = shown[2:]
+        assert torch.equal(up_left[:, :, 1:, 1:], images[:, :, :-1, :-1])
+        assert torch.equal(down_right[:, :, :-1, :-1], images[:, :, 1:, 1:])
+        assert torch.equal(mirrored, up_left.flip(3))
 
 
 def test_normalized_images_have_mean_0_and_variance_1_and_lie_channels_last() -> None:

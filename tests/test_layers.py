@@ -20,7 +20,7 @@ LAYERS = [  # each may import from those below it
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
     ["distrib/data/files.py"],
     ["distrib/data/steps.py"],
-    ["distrib/config.py", "distrib/interrupt.py", "distrib/scale/cluster.py"],
+    ["distrib/config.py", "distrib/interrupt.py", "distrib/muon.py", "distrib/scale/cluster.py"],
 ]
 DOORS = {
     "accelerate": {"distrib/ranks.py", "distrib/loop.py", "distrib/memory.py", "distrib/health.py"},

@@ -51,10 +51,19 @@ def plain_state(model: nn.Module, accelerator: Accelerator, config: OptimConfig)
     return TrainState(prepared, model, optimizer, None, zeros(accelerator.device))
 
 
-ALL = ["model.dropout=0.3", "data.flip=random", "data.erase=2", "optim.average_decay=0.9", "save_every=8", "eval_every=7"]
+ALL = [
+    "model.dropout=0.3",
+    "data.flip=alternating",
+    "data.erase=2",
+    "model.whiten=2",
+    "views=6",
+    "optim.average_decay=0.9",
+    "save_every=8",
+    "eval_every=7",
+]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("at", [1, 13, 20, 39])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, optimizer: str
@@ -157,9 +166,9 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "adamw"], bad: float) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "adamw", "muon"], bad: float) -> None:
     config = Config(nonfinite="skip", optim=OptimConfig(name=optimizer))
     accelerator = Accelerator(cpu=True)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
@@ -212,10 +221,10 @@ class OddLoader:
 def test_an_evaluation_counts_each_image_once_and_says_so_if_one_is_lost() -> None:
     accelerator = Accelerator(cpu=True)
     whole: Any = OddLoader(lost=0)
-    assert evaluate(Memorizer(), whole, 4, accelerator)["top1"] == pytest.approx(100 * 10 / 11)
+    assert evaluate(Memorizer(), whole, 4, 1, accelerator)["top1"] == pytest.approx(100 * 10 / 11)
     torn: Any = OddLoader(lost=1)
     with pytest.raises(AssertionError, match=r"\(10, 11\)"):
-        evaluate(Memorizer(), torn, 4, accelerator)
+        evaluate(Memorizer(), torn, 4, 1, accelerator)
 
 
 def test_dropout_differs_between_steps_and_ranks_and_not_between_tries() -> None:

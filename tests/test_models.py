@@ -9,7 +9,7 @@ from torch import nn
 from torchvision import models
 
 from distrib.config import ModelConfig, UserError
-from distrib.models import CNN, build_model
+from distrib.models import CNN, build_model, fit_whitening
 
 SHAPE = (1, 28, 28)
 
@@ -71,6 +71,27 @@ def test_every_weight_of_the_cnn_learns(norm: str) -> None:
             for each in model.parameters():
                 each -= 0.1 * each.grad
     assert all(each.grad.abs().max() > 0 for each in model.parameters())
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_a_whitening_layer_gives_uncorrelated_outputs_of_variance_1_over_patches(side: int) -> None:
+    torch.manual_seed(0)
+    smooth = 10 * nn.functional.avg_pool2d(torch.randn(200, 3, 18, 18), 3, 1)  # neighbouring pixels are alike
+    model = build_model(ModelConfig(whiten=side, width=8), tuple(smooth.shape[1:]), classes=10)
+    fit_whitening(model, lambda: smooth)
+    half = 3 * side**2
+    outputs = model.whitening.convolution(smooth).transpose(0, 1).flatten(1)
+    assert torch.equal(outputs[:half], -outputs[half:])
+    torch.testing.assert_close(outputs[:half] @ outputs[:half].T / outputs.shape[1], torch.eye(half), atol=0.02, rtol=0)
+    assert not model.whitening.convolution.weight.requires_grad
+    assert model(smooth).shape == (200, 10)
+
+
+def test_any_network_can_have_a_whitening_layer() -> None:
+    assert build_model(ModelConfig(name="resnet18", whiten=2), (1, 28, 28), classes=10)(torch.zeros(2, 1, 28, 28)).shape == (
+        2,
+        10,
+    )
 
 
 def test_dropout_is_of_the_cnns_features() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from distrib.config import Config, OptimConfig
-from distrib.optim import Schedule, build_average, build_optimizer, build_schedule, move_average
+from distrib.muon import orthogonal
+from distrib.optim import Schedule, build_average, build_optimizer, build_schedule, move_average, set_learning_rate
 from distrib.state import TrainState
 
 
@@ -39,6 +40,49 @@ def test_biases_and_norms_do_not_decay(name: str) -> None:
     optimizer.step()
     shrunk = {key for key, each in model.named_parameters() if not torch.equal(each, before[key])}
     assert shrunk == {"0.weight", "3.weight"}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_biases_and_the_last_layer_learn_at_rates_of_their_own(name: str) -> None:
+    def moved(**keys: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+        optimizer = build_optimizer(model, OptimConfig(name=name, momentum=0.0, weight_decay=0.0, **keys))
+        before = {key: each.detach().clone() for key, each in model.named_parameters()}
+        for each in model.parameters():
+            each.grad = torch.ones_like(each)
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        return {key: each - before[key] for key, each in model.named_parameters()}
+
+    plain, scaled = moved(), moved(bias_lr=3, head_lr=5)
+    factors = {"0.weight": 1, "0.bias": 3, "1.weight": 3, "1.bias": 3, "3.weight": 5, "3.bias": 3}
+    for key, factor in factors.items():
+        torch.testing.assert_close(scaled[key], factor * plain[key], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 50), (50, 8)])
+def test_a_step_of_muon_is_nearly_orthogonal_and_turns_no_direction_around(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    along = left.T @ orthogonal(matrix, rounds=5) @ right.T
+    assert 0.6 < along.diagonal().min() <= along.diagonal().max() < 1.3
+    torch.testing.assert_close(along, along.diagonal().diag())
+
+
+def test_muon_moves_filters_by_an_orthogonal_matrix_at_an_unchanged_norm() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, OptimConfig(name="muon", momentum=0.5, weight_decay=0))
+    filters = model[0].weight
+    for _ in range(2):
+        start = filters.detach() * (len(filters) ** 0.5 / filters.detach().norm())
+        filters.grad = torch.randn_like(filters)
+        gradient = filters.grad.clone()
+        optimizer.step()
+    momentum = optimizer.state[filters]["momentum_buffer"]
+    step = orthogonal((gradient + 0.5 * momentum).flatten(1)).view_as(filters)
+    torch.testing.assert_close(filters.detach(), start - optimizer.param_groups[0]["lr"] * step)
 
 
 def test_an_average_follows_weights_and_batch_statistics() -> None:

@@ -85,7 +85,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("keys", [[], ALL, [*ALL, "nonfinite=skip", "micro_batches=3", "optim.clip_norm=1"]])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, keys: list[str]) -> None:
     guard(monkeypatch)
     assert run(tmp_path, f"optim.name={optimizer}", *keys).step == 46

@@ -1,5 +1,6 @@
 """Noise on whole batches, on the device, on uint8: what happens to an image is a function of (seed, epoch, image)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,7 @@ class Augment:
     def turned(self, ids: Tensor, epoch: int) -> Tensor:
         """Whether an image is mirrored, (n,): half of them are in the first epoch, and each is in every other one.
 
-        Two epochs in a row then show both sides of each image, which saves about a tenth of the steps (Jordan, 2024,
-        "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.6).
+        So two epochs in a row show both sides of each (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
         """
         return (noise(fold(self.seed, TURN), ids, draws=1)[:, 0] < 0.5) != bool(epoch % 2)
 
@@ -61,6 +61,21 @@ def erased(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     columns = torch.arange(width, device=images.device) - left[:, None]
     square = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
     return images.masked_fill(square[:, None], 0)
+
+
+def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
+    """What an evaluation shows of normalised images, with the weights that the logits get, which add up to 1.
+
+    1 is the images; 2 also mirrors them; 6 also moves both by a pixel, up and left or down and right, with half the weight.
+    """
+    shown = [(1.0, images)]
+    if count == 6:
+        height, width = images.shape[2:]
+        padded = F.pad(images, (1, 1, 1, 1), "replicate")
+        shown += [(0.5, padded[:, :, :height, :width]), (0.5, padded[:, :, 2:, 2:])]
+    for weight, each in shown:
+        for side in (each, each.flip(3)) if count > 1 else (each,):
+            yield weight / sum(other for other, _ in shown) / min(count, 2), side.contiguous(memory_format=torch.channels_last)
 
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -75,6 +75,13 @@ class Loader:
         for share, images, labels in self.sets[0].read(map(self.steps, steps)):
             yield Batch(normalized(self.augment(images, share), self.mean, self.std), labels)
 
+    def sample(self, pixels: int = 1 << 20) -> Tensor:
+        """Training images without noise, evenly spread over the set, of about so many pixels: the same for each rank."""
+        images, (_, height, width) = len(self.source.train), self.source.shape
+        chosen = torch.arange(0, images, max(1, images * height * width // pixels))
+        _, found, _ = next(iter(self.sets[0].read([Share(0, chosen)])))
+        return normalized(found, self.mean, self.std)
+
     def val(self, size: int) -> Iterator[Batch]:
         """This rank's part of the validation set, `size` images at a time."""
         shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, size)

@@ -98,7 +98,7 @@ def network_of(config: Config, cluster: Cluster) -> Network:
     except NotImplementedError:  # a RegNet computes its widths with tensors
         model = build_model(wanted, data.shape, data.classes).to("meta")
     roofline, ready = Roofline(cluster), list[tuple[nn.Parameter, float]]()
-    for parameter in model.parameters():
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         hooked: Any = parameter
         hooked.register_post_accumulate_grad_hook(lambda each: ready.append((each, roofline.seconds)))
     with roofline:
