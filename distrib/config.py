@@ -76,10 +76,10 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    name: str = key("cnn", "cnn, or a classification model of torchvision: resnet18, resnet50, convnext_tiny, ...")
+    name: str = key("cnn", "cnn, airbench, or a classification model of torchvision: resnet18, resnet50, convnext_tiny, ...")
     norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
-    width: int = key(64, "cnn: channels of its first block; the next ones have 2 and 4 times as many", "[1, inf)")
-    dropout: float = key(0.0, "cnn: part of the features that is dropped before the last layer", "[0, 1)")
+    width: int = key(64, "cnn and airbench: channels of the first block; the next ones have 2 and 4 times as many", "[1, inf)")
+    dropout: float = key(0.0, "cnn and airbench: part of the features that is dropped before the last layer", "[0, 1)")
     whiten: int = key(
         0, "pixels: side of the patches that a first layer, which is not learned, decorrelates; 0: none", "[0, 7]"
     )

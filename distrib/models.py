@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def build_model(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
     """
     whitening = Whitening(shape, config.whiten) if config.whiten else None
     inner = whitening.shape if whitening else shape
-    if config.name == "cnn":
-        model: nn.Module = CNN(inner[0], classes, config.width, config.dropout)
+    if config.name in OWN:
+        model: nn.Module = OWN[config.name](inner[0], classes, config.width, config.dropout)
     else:
         model = adapted(_of_torchvision(config.name, classes), inner)
     if config.weights:
@@ -119,10 +120,43 @@ def convolution(channels: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(channels, width, 3, padding=1, bias=False)
 
 
+class Airbench(nn.Module):
+    """A small network that learns in few steps, for images of 8 to 64 pixels: and a head that sees the largest values.
+
+    After Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, with ReLU: GELU takes a CPU a fifth longer.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        widths = [channels, width, 2 * width, 4 * width]
+        self.blocks = nn.Sequential(*(identity_block(*pair) for pair in pairwise(widths)))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(widths[-1], classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.blocks(images)
+        logits: Tensor = self.head(self.dropout(features.amax(dim=(2, 3))))
+        return logits / 9  # so that the first ones are small
+
+
+def identity_block(channels: int, width: int) -> nn.Sequential:
+    """Widens the picture and halves it, then convolves it again. At first, both convolutions hand on what they can."""
+    layers: list[nn.Module] = []
+    for each in (convolution(channels, width), convolution(width, width)):
+        nn.init.dirac_(each.weight[: each.in_channels])
+        norm = nn.BatchNorm2d(width, momentum=0.4)  # there are few steps to gather statistics in
+        norm.weight.requires_grad_(False)
+        layers += [each, *([] if layers else [nn.MaxPool2d(2)]), norm, nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+OWN = {"cnn": CNN, "airbench": Airbench}
+
+
 def _of_torchvision(name: str, classes: int) -> nn.Module:
     known = models.list_models(module=models)
     if name not in known:
-        raise UserError(f"there is no model {name!r}: use cnn, or one of torchvision's: {', '.join(known)}")
+        raise UserError(f"there is no model {name!r}: use {' or '.join(OWN)}, or one of torchvision's: {', '.join(known)}")
     # These two have extra outputs while they train, which no other network has.
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
