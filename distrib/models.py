@@ -150,7 +150,7 @@ def identity_block(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-OWN = {"cnn": CNN, "airbench": Airbench}
+OWN: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "airbench": Airbench}
 
 
 def _of_torchvision(name: str, classes: int) -> nn.Module:

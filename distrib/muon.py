@@ -1,6 +1,6 @@
 """Muon: SGD with momentum, whose step along a matrix of weights is made orthogonal (Jordan et al., 2024).
 
-torch.optim.Muon takes matrices only, rounds to bf16 and updates weights that a step which is not finite should leave alone.
+torch.optim.Muon takes matrices only, computes in bf16 on any device, and does not know `found_inf`.
 """
 
 from collections.abc import Iterable
@@ -17,8 +17,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of their polynomial, chosen by Jordan 
 class Muon(SGD):
     """In groups that have `inertia`, a momentum, weights move by orthogonal matrices; in the others as SGD would move them.
 
-    The filters of a convolution, (out, in, height, width), are the rows of a matrix, and are kept at a norm of sqrt(out), since
-    the norm layers that follow undo any other.
+    The filters of a convolution, (out, in, height, width), are the rows of a matrix.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, *, fused: bool) -> None:
@@ -42,9 +41,7 @@ class Muon(SGD):
                 moved = buffer * group["inertia"] + weight.grad
                 step = orthogonal((weight.grad + moved * group["inertia"]).flatten(1)).view_as(weight)
                 weight.grad.copy_(step)  # in place: DDP's gradients are parts of its buckets
-                scaled = weight * (len(weight) ** 0.5 / weight.norm())
-                for old, new in ((buffer, moved), (weight, scaled)):
-                    old.copy_(new if found is None else torch.where(found == 1, old, new))
+                buffer.copy_(moved if found is None else torch.where(found == 1, buffer, moved))
         super().step()
 
 

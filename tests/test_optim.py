@@ -70,13 +70,13 @@ def test_a_step_of_muon_is_nearly_orthogonal_and_turns_no_direction_around(shape
     torch.testing.assert_close(along, along.diagonal().diag())
 
 
-def test_muon_moves_filters_by_an_orthogonal_matrix_at_an_unchanged_norm() -> None:
+def test_muon_moves_filters_by_an_orthogonal_matrix() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4, 2))
     optimizer = build_optimizer(model, OptimConfig(name="muon", momentum=0.5, weight_decay=0))
     filters = model[0].weight
     for _ in range(2):
-        start = filters.detach() * (len(filters) ** 0.5 / filters.detach().norm())
+        start = filters.detach().clone()
         filters.grad = torch.randn_like(filters)
         gradient = filters.grad.clone()
         optimizer.step()

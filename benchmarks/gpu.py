@@ -1,0 +1,124 @@
+"""What a GPU gives, and what the trainer leaves of it:  python benchmarks/gpu.py [FOLDER] [--quick]
+
+FOLDER has Fashion-MNIST as torchvision or as Debian keeps it; without it, the trainer looks where it always does. Prints a page
+and writes it to benchmarks/results/. Under 8 minutes on one GPU; on several, the networks are also trained on all of them.
+Every line is a run in a process of its own. Without a GPU, --quick tries it all out on the CPU, in sizes that say nothing.
+"""
+
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median, stdev
+from time import perf_counter
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+Record = dict[str, Any]
+
+
+def main(args: list[str]) -> None:
+    quick = "--quick" in args
+    gpus = torch.cuda.device_count()
+    if not gpus and not quick:
+        sys.exit("benchmarks/gpu.py: there is no GPU; --quick tries it out on the CPU")
+    date, lines = time.strftime("%Y-%m-%d"), list[str]()
+    device = torch.cuda.get_device_name() if gpus else "no GPU, quick"
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in page(device, gpus, quick, found(args, Path(scratch)), Path(scratch)):
+            print(line, flush=True)
+            lines.append(line)
+    if not quick:
+        name = f"{date}-{max(gpus, 1)}x{device.replace(' ', '-')}.md"
+        (ROOT / "benchmarks/results").mkdir(exist_ok=True)
+        (ROOT / "benchmarks/results" / name).write_text("\n".join(lines) + "\n")
+
+
+def found(args: list[str], scratch: Path) -> list[str]:
+    """The key that says where Fashion-MNIST is."""
+    folders = [Path(arg) for arg in args if not arg.startswith("-")]
+    packed = list(folders[0].glob("*-ubyte.gz")) if folders else []
+    for each in packed:
+        raw = scratch / "FashionMNIST/raw" / each.stem
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        raw.write_bytes(gzip.decompress(each.read_bytes()))
+    return [f"data.root={scratch if packed else folders[0]}"] if folders else []
+
+
+def page(device: str, gpus: int, quick: bool, data: list[str], scratch: Path) -> Iterator[str]:
+    began = perf_counter()
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}"
+    yield f"# {device}\n\n`python benchmarks/gpu.py`, {max(gpus, 1)} GPU, {versions}\n"
+    ceilings = child("ceilings", quick=quick)
+    yield "| ceiling | |\n|---|---|"
+    yield f"| product of two matrices of {ceilings['side']}, bf16 | {ceilings['flops'] / 1e12:.3g} TFLOP/s |"
+    yield f"| copy of {ceilings['bytes'] / 2**20:.0f} MiB, read and written | {ceilings['copied'] / 1e12:.3g} TB/s |"
+    yield f"| launch of a kernel | {1e6 * ceilings['launch']:.1f} us |"
+    tax = child("tax", quick=quick)
+    told = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in tax.items())
+    yield f"| a step of a linear layer on 8x8 pixels | {told}: tax {1e6 * (tax['the trainer'] - tax['bare loop']):.0f} us |"
+    yield "\n| network, images | GPUs | batch | compile | images/s | GPU idle | host syncs |\n|---|---|---|---|---|---|---|"
+    for name, size, batch, count in networks(quick):
+        for ranks in sorted({1, max(gpus, 1)}):
+            for mode in ("no", "default", "reduce-overhead") if ranks == 1 and not quick else ("no",):
+                said = child("steps", name, str(size), str(batch * ranks), mode, str(count), quick=quick, ranks=ranks)
+                yield row(name, size, batch * ranks, ranks, mode, said)
+    yield "\n| recipe | seeds | top-1 | seconds of steps and evaluation | from process start to end |\n|---|---|---|---|---|"
+    for keys in (["epochs=3"], ["epochs=8"]):
+        yield recipe([*keys, *data], seeds=1 if quick else 4, scratch=scratch, quick=quick)
+    yield f"\nAll of this took {(perf_counter() - began) / 60:.1f} minutes."
+
+
+def networks(quick: bool) -> list[tuple[str, int, int, int]]:
+    """Name, pixels, images of a GPU in each step, and steps."""
+    if quick:
+        return [("resnet18", 28, 8, 0), ("airbench", 28, 8, 0)]
+    return [("resnet18", 28, 1024, 150), ("airbench", 28, 1000, 300), ("resnet50", 224, 256, 60)]
+
+
+def row(name: str, size: int, batch: int, ranks: int, mode: str, record: Record) -> str:
+    if "failed" in record:
+        return f"| {name}, {size} px | {ranks} | {batch} | {mode} | failed: {record['failed']} | | |"
+    idle = f"{max(0.0, 1 - record['busy'] / record['step']):.1%}" if record["busy"] else "-"
+    rate = f"{batch / record['step']:,.0f}"
+    return f"| {name}, {size} px | {ranks} | {batch} | {mode} | {rate} | {idle} | {record['syncs']:g} a step |"
+
+
+def recipe(keys: list[str], seeds: int, scratch: Path, *, quick: bool) -> str:
+    """Train configs/fashion_mnist_fast.yaml with each seed."""
+    top1, kept, walls = list[float](), list[float](), list[float]()
+    for seed in range(seeds):
+        run_dir, began = scratch / f"{keys[0]}-{seed}", perf_counter()
+        own = [f"run_dir={run_dir}", f"seed={seed}", *(["epochs=0.02"] if quick else [])]
+        command = [sys.executable, "train.py", "configs/fashion_mnist_fast.yaml", *keys, *own]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        status = json.loads((run_dir / "status.json").read_text())
+        walls.append(perf_counter() - began)
+        top1.append(status["top1"])
+        kept.append(status["kept_seconds"])
+    spread = f" +- {stdev(top1):.2f}" if seeds > 1 else ""
+    return (
+        f"| fashion_mnist_fast, {keys[0]} | {seeds} | {mean(top1):.2f}{spread} % | {mean(kept):.1f} | {mean(walls):.1f} s, "
+        f"median {median(walls):.1f} |"
+    )
+
+
+def child(part: str, *args: str, quick: bool, ranks: int = 1) -> Record:
+    """What a part says, which runs in a process of its own, or in several."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *several, "-m", "benchmarks.gpu_parts", part, str(int(quick)), *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:200]}
+    told: Record = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return told
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

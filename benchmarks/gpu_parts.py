@@ -1,0 +1,175 @@
+"""The parts of benchmarks/gpu.py that need a process of their own: python -m benchmarks.gpu_parts PART QUICK [...]"""
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import train
+from distrib import loop, models
+from distrib.config import load_config
+from distrib.data import sources
+from distrib.data.sources import Arrays, Source
+from distrib.optim import set_learning_rate
+
+NEVER = 10**9
+Record = dict[str, Any]
+
+
+def ceilings(quick: bool) -> Record:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side, size, times = (256, 1 << 20, 3) if quick else (8192, 1 << 30, 30)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    one = torch.zeros(1, device=device)
+    return {
+        "side": side,
+        "flops": 2 * side**3 / timed(lambda: a @ b, times),
+        "bytes": size,
+        "copied": 2 * size / timed(lambda: target.copy_(source), times),
+        "launch": timed(lambda: one.add_(1), 100 * times),
+    }
+
+
+def timed(action: Callable[[], object], times: int) -> float:
+    """Seconds of an action, of so many in a row."""
+    for _ in range(3):
+        action()
+    wait()
+    began = perf_counter()
+    for _ in range(times):
+        action()
+    wait()
+    return (perf_counter() - began) / times
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Null(nn.Module):
+    """As little as can be trained: what a step takes is what the loop takes."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+def tax(quick: bool) -> Record:
+    """Seconds of a step in the trainer's loop, and in a bare one over the same batches."""
+    models.OWN["cnn"] = Null
+    steps, told = (60 if quick else 4000), Record()
+    fit = loop.fit
+
+    def twice(state: Any, run: Any) -> str:
+        wait()
+        began = perf_counter()
+        stopped = fit(state, run)
+        wait()
+        told["the trainer"] = (perf_counter() - began) / steps
+        optimizer, loss_of = state.optimizer.optimizer, nn.CrossEntropyLoss(label_smoothing=0.1)
+        began = perf_counter()
+        for step, (images, labels) in enumerate(run.loader.train(range(steps))):
+            set_learning_rate(optimizer, run.schedule(step))
+            loss_of(state.model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        wait()
+        told["bare loop"] = (perf_counter() - began) / steps
+        return stopped
+
+    train.fit = twice  # type: ignore[attr-defined]
+    keys = ["batch_size=8", f"epochs={steps / 179}", "precision=no", f"eval_every={NEVER}", f"save_every={NEVER}"]
+    with tempfile.TemporaryDirectory() as folder:
+        train.train(load_config([f"run_dir={folder}/run", *keys]))
+    return told
+
+
+def steps(quick: bool, name: str, size: str, batch: str, mode: str, count: str) -> Record:
+    """Train on noise: seconds of a step, of which the GPU had work, and how often in a step the host waited for it."""
+    total, images = 16 if quick else int(count), 60_000 if size == "28" else 4_096
+    shape = (1 if size == "28" else 3, int(size), int(size))
+    sources.SOURCES["noise"] = lambda *_: noise(shape, images)
+    meter = Meter(loop.train_step, total)
+    loop.train_step = meter  # type: ignore[assignment]
+    keys = [
+        "data.name=noise",
+        f"model.name={name}",
+        "model.width=32",
+        f"batch_size={batch}",
+        f"compile={mode}",
+        "data.flip=random",
+    ]
+    keys += [f"epochs={total / (images // int(batch))}", f"log_every={NEVER}", f"eval_every={NEVER}", f"save_every={NEVER}"]
+    with tempfile.TemporaryDirectory() as folder:
+        train.train(load_config([*keys, f"run_dir={folder}/run"]))
+    return meter.found
+
+
+class Meter:
+    """Stands before each step: looks for waits in the first third, takes the time of the next, and profiles the last six."""
+
+    def __init__(self, step: Callable[..., None], total: int) -> None:
+        self.step, self.cuda = step, torch.cuda.is_available()
+        self.clocked, self.profiled, self.total = total // 3, total - 6, total
+        self.found = Record(busy=0.0)
+        self.waits: list[warnings.WarningMessage] = []
+        self.caught = warnings.catch_warnings(record=True)
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def __call__(self, state: Any, *rest: Any) -> None:
+        if state.step == 2:  # what is made once has been made
+            self.waits = self.caught.__enter__() or []
+            warnings.simplefilter("always")
+            self.look("warn")
+        elif state.step == self.clocked:
+            self.look("default")
+            self.caught.__exit__(None, None, None)
+            self.found["syncs"] = sum("synchroniz" in str(each.message) for each in self.waits) / (self.clocked - 2)
+            wait()
+            self.began = perf_counter()
+        elif state.step == self.profiled:
+            wait()
+            self.found["step"] = (perf_counter() - self.began) / (self.profiled - self.clocked)
+            if self.cuda:
+                self.profiler.start()
+        self.step(state, *rest)
+        if state.step == self.total and self.cuda:
+            wait()
+            self.profiler.stop()
+            kernels = sum(each.self_device_time_total for each in self.profiler.key_averages())
+            self.found["busy"] = kernels / 1e6 / (self.total - self.profiled)
+
+    def look(self, mode: str) -> None:
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def noise(shape: tuple[int, int, int], images: int) -> Any:
+    """A data set that no disk holds."""
+    source = torch.Generator().manual_seed(0)
+    train, val = (
+        Arrays(torch.randint(256, (n, *shape), dtype=torch.uint8, generator=source), torch.randint(10, (n,), generator=source))
+        for n in (images, 256)
+    )
+    return Source(train, val, tuple("0123456789"), shape, (0.5,) * shape[0], (0.25,) * shape[0])
+
+
+PARTS: dict[str, Callable[..., Record]] = {"ceilings": ceilings, "tax": tax, "steps": steps}
+
+if __name__ == "__main__":
+    said = PARTS[sys.argv[1]](sys.argv[2] == "1", *sys.argv[3:])
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(said), flush=True)
