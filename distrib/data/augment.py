@@ -24,9 +24,11 @@ class Augment:
             return images
         ids = share.images.to(images.device)
         down, right, side, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
-        if shift or flip != "none":
-            mirror = side < 0.5 if flip == "random" else self.turned(ids, share.epoch) if flip == "alternating" else None
+        mirror = None if flip == "none" else side < 0.5 if flip == "random" else self.turned(ids, share.epoch)
+        if shift:
             images = moved(images, down, right, mirror, shift)
+        elif mirror is not None:
+            images = mirrored(images, mirror)
         return erased(images, row, column, erase) if erase else images
 
     def turned(self, ids: Tensor, epoch: int) -> Tensor:
@@ -51,6 +53,12 @@ def moved(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None, sh
     padded = F.pad(images, (shift,) * 4).flatten(2)
     pixels = rows[:, :, None] * (width + 2 * shift) + columns[:, None, :]
     return padded.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(images.shape)
+
+
+def mirrored(images: Tensor, mirror: Tensor) -> Tensor:
+    """Each image, mirrored where `mirror` (n,) says so; without a gather, and on a CPU in half the time of torch.where."""
+    sides = mirror[:, None, None, None]
+    return images.flip(3) * sides + images * ~sides
 
 
 def erased(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
@@ -80,5 +88,8 @@ def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 to float32 of mean 0 and variance 1 per channel, channels last. `mean`, `std`: (channels, 1, 1), of [0, 1]."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    return (images.float() - mean * 255) / (std * 255)
+    n, channels, height, width = images.shape
+    # Row by row: on a CPU, arithmetic along runs of three channels takes ten times as long.
+    mean, std = (each.flatten().repeat(width) * 255 for each in (mean, std))
+    rows = images.permute(0, 2, 3, 1).to(mean.dtype, memory_format=torch.contiguous_format).view(n, height, -1)
+    return rows.sub_(mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
