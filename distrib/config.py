@@ -65,6 +65,9 @@ class DataConfig(Checked):
     name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
     root: str = key("data", "where data sets are or are downloaded to; for folder, what holds train/ and val/", free=True)
     workers: int = key(2, "processes per rank that read image files; sets in memory need none", "[0, inf)", free=True)
+    resident: Literal["auto", "device", "host"] = key(
+        "auto", "where sets in memory are kept; auto: the device, if that takes a quarter of its free memory at most", free=True
+    )
     size: int = key(224, "pixels: height and width that the images of folder are brought to", "[1, inf)")
     crop_area: float = key(0.25, "folder: least part of a training image's area that its random crop shows", "(0, 1]")
     shift: int = key(1, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from distrib.config import UserError
-from distrib.data.steps import CROP, Share, fold, noise
+from distrib.data.steps import CROP, fold, noise
 
 VIEW = 0.875  # of the shorter side: what validation shows, as in most ImageNet recipes
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+Piece = tuple[int, list[int]]  # the epoch that keys the crops, and images: a share, or what one worker reads of it
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the images of a share: as torch's DataLoader wants it, `reader[share]`.
+    """Reads the images of a piece, (n, 3, size, size) uint8, channels last: as torch's DataLoader wants it, `reader[piece]`.
 
     With `crop_area` the view of an image is drawn anew each epoch, and shows at least that part of its area; without, it is
     the middle. A file that is no image is returned as the UserError that names it, since a worker's exceptions would
@@ -42,31 +44,49 @@ class Reader:
     seed: int = 0
     crop_area: float | None = None
 
-    def __getitem__(self, share: Share) -> tuple[Share, Tensor, Tensor] | UserError:
-        draws = noise(fold(self.seed, CROP, share.epoch), share.images, draws=4).tolist()
-        images = torch.empty(len(share.images), 3, self.files.size, self.files.size, dtype=torch.uint8)
+    def __getitem__(self, piece: Piece) -> Tensor | UserError:
+        epoch, indices = piece
+        draws = noise(fold(self.seed, CROP, epoch), torch.tensor(indices), draws=4).tolist()
+        images = torch.empty(len(indices), self.files.size, self.files.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         try:
-            for place, (index, drawn) in enumerate(zip(share.images.tolist(), draws, strict=True)):
+            for place, (index, drawn) in enumerate(zip(indices, draws, strict=True)):
                 images[place] = self._read(self.files.paths[index], drawn)
         except UserError as error:
             return error
-        return share, images, self.files.labels[share.images]
+        return images
 
     def _read(self, path: str, drawn: Sequence[float]) -> Tensor:
-        size = (self.files.size, self.files.size)
         try:
             with Image.open(path) as image:
-                image.draft("RGB", size)  # lets JPEG decode at a half, a quarter or an eighth where that is enough
+                image.decodermaxblock = 1 << 20  # bytes: most files in one go, and not 64 kB at a time
                 box = middle(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
-                pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box))
+                return resized(decoded(image, box, self.files.size), self.files.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from None
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def decoded(image: Image.Image, box: Box, size: int) -> Tensor:
+    """The part of an image that is in `box`: (height, width, 3) uint8.
+
+    A JPEG is decoded at a half, a quarter or an eighth where that leaves twice the `size` pixels that are asked for: with
+    fewer, the edges of the box, which are whole pixels here too, would be visibly elsewhere.
+    """
+    size *= 2
+    (width, height), (left, top, right, bottom) = image.size, box
+    image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
+    across, down = image.width / width, image.height / height
+    part = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+    return torch.from_numpy(np.array(part if part.mode == "RGB" else part.convert("RGB")))
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """(height, width, 3) uint8 to (3, size, size). The filter is that of Pillow's resize, which takes four times as long."""
+    return F.interpolate(pixels[None].permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)[0]
 
 
 def middle(width: int, height: int) -> Box:
-    side = min(width, height) * VIEW
-    left, top = (width - side) / 2, (height - side) / 2
+    side = max(1, round(min(width, height) * VIEW))
+    left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
@@ -74,6 +94,6 @@ def random_box(width: int, height: int, least_area: float, drawn: Sequence[float
     """Inception's crop (Szegedy et al., 2015): an area, a ratio of 3:4 to 4:3 and a place, from four numbers in [0, 1)."""
     area = width * height * (least_area + (1 - least_area) * drawn[0])
     ratio = math.exp(math.log(4 / 3) * (2 * drawn[1] - 1))
-    across, down = min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)
-    left, top = (width - across) * drawn[2], (height - down) * drawn[3]
+    across, down = (max(1, round(side)) for side in (min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)))
+    left, top = int((width - across + 1) * drawn[2]), int((height - down + 1) * drawn[3])
     return left, top, left + across, top + down

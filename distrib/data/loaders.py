@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ from torch.utils.data import DataLoader
 
 from distrib.config import Config, UserError
 from distrib.data.augment import Augment, normalized
-from distrib.data.files import Reader
+from distrib.data.files import Files, Piece, Reader
 from distrib.data.sources import Arrays, Source
-from distrib.data.steps import Share, Steps, contiguous
+from distrib.data.steps import Share, Steps, contiguous, part
 from distrib.interrupt import guard_worker, stack_report
 
-Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels, on the device
+AUTO_PART = 0.25  # of a device's free memory: what a set may take there if it is not told where to be
+AHEAD = 4  # shares that workers have read, or are reading, beyond the one that is computed
+
+Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels
 
 
 class Batch(NamedTuple):
@@ -27,33 +31,107 @@ class Batch(NamedTuple):
 
 
 class Resident:
-    """A set that is on the device as a whole."""
+    """The images `mine` of a set in memory: the device's, or the machine's, from where each batch travels."""
 
-    def __init__(self, arrays: Arrays, device: torch.device) -> None:
-        self.images, self.labels = arrays.images.to(device), arrays.labels.to(device)
+    def __init__(self, arrays: Arrays, mine: range, where: str, device: torch.device) -> None:
+        images, labels = arrays.images[mine.start : mine.stop], arrays.labels[mine.start : mine.stop]
+        self.home = home(images.nbytes, where, device)
+        self.images, self.labels = images.to(self.home), labels.to(self.home)  # on the CPU that is no copy
+        self.first, self.device = mine.start, device
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
-        for share in shares:
-            chosen = share.images.to(self.labels.device)
-            yield share, self.images[chosen], self.labels[chosen]
+        reads = map(self._chosen, shares)
+        return reads if self.home == self.device else ahead(reads, self.device)
+
+    def _chosen(self, share: Share) -> Read:
+        share = Share(share.epoch, sent(share.images, self.home))
+        chosen = share.images - self.first
+        return share, self.images[chosen], self.labels[chosen]
+
+
+def home(size: int, where: str, device: torch.device) -> torch.device:
+    """Where a set of `size` bytes is kept, if data.resident is `where`."""
+    if where == "auto" and device.type == "cuda":
+        where = "device" if size <= AUTO_PART * torch.cuda.mem_get_info(device)[0] else "host"
+    return torch.device("cpu") if where == "host" else device
+
+
+class Wanted:
+    """What the workers of a set shall read, given anew for each reading, while they stay."""
+
+    def __init__(self) -> None:
+        self.pieces: Iterable[Piece] = ()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self.pieces)
 
 
 class Streamed:
-    """A set of files, which worker processes read ahead."""
+    """A set of files, which worker processes read ahead: each of them a piece of every share. The first reading starts them."""
 
     def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
-        self.reader, self.device, self.workers = reader, device, workers
-        self.guard = partial(guard_worker, report=report)
+        self.labels, self.device, self.workers, self.wanted = reader.files.labels, device, workers, Wanted()
+        kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD} if workers else {}
+        data: Any = reader  # has __getitem__, which is all that is asked of a data set whose sampler yields pieces
+        guard = partial(guard_worker, report=report)
+        self.loader = DataLoader(data, sampler=self.wanted, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
-        reader: Any = self.reader  # has __getitem__, which is all that is asked of a data set whose sampler yields shares
-        pinned = self.device.type == "cuda"
-        options: Any = {"num_workers": self.workers, "worker_init_fn": self.guard, "pin_memory": pinned}
-        for read in DataLoader(reader, sampler=shares, batch_size=None, **options):
-            if isinstance(read, UserError):
-                raise read
-            share, images, labels = read
-            yield share, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        return ahead(self._read(shares), self.device)
+
+    def _read(self, shares: Iterable[Share]) -> Iterator[Read]:
+        shares, wanted = tee(shares)
+        self.wanted.pieces = (piece for share in wanted for piece in self._pieces(share))
+        images = iter(self.loader)
+        for share in shares:
+            yield share, self._joined(list(islice(images, len(self._pieces(share))))), self.labels[share.images]
+
+    def _pieces(self, share: Share) -> list[Piece]:
+        pieces = min(max(1, self.workers), len(share.images))
+        # As numbers, which take 0.3 ms to a worker: a tensor takes 1.6 ms, in shared memory of its own.
+        return [(share.epoch, each.tolist()) for each in share.images.tensor_split(pieces)]
+
+    def _joined(self, pieces: list[Tensor | UserError]) -> Tensor:
+        whole = []
+        for piece in pieces:
+            if isinstance(piece, UserError):
+                raise piece
+            whole.append(piece)
+        room = torch.empty(
+            (sum(map(len, whole)), *whole[0].shape[1:]),
+            dtype=torch.uint8,
+            memory_format=torch.channels_last,
+            pin_memory=self.device.type == "cuda",  # here, and not by a thread of the DataLoader, which would be one copy more
+        )
+        return torch.cat(whole, out=room)
+
+
+def ahead(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
+    """What was read on the host, on the device: a batch travels, on a stream of its own, while the one before is computed."""
+    if device.type != "cuda":
+        yield from reads
+        return
+    cuda: Any = torch.cuda  # which is not typed
+    side, under_way = cuda.Stream(device), None
+    for read in chain(reads, [None]):
+        arrived, here = under_way, cuda.current_stream(device)
+        here.wait_stream(side)  # the device does, not the host
+        with cuda.stream(side):
+            under_way = moved(read, device) if read else None
+        if arrived:
+            for tensor in (arrived[0].images, *arrived[1:]):
+                tensor.record_stream(here)  # whose memory is not given away before `here` has used it
+            yield arrived
+
+
+def moved(read: Read, device: torch.device) -> Read:
+    share, images, labels = read
+    return Share(share.epoch, sent(share.images, device)), sent(images, device), sent(labels, device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, on the device; the host does not wait for it to arrive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Loader:
@@ -62,14 +140,17 @@ class Loader:
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         self.augment = Augment(config.data, config.seed)
-        workers, report = config.data.workers, stack_report(config.run_dir, steps.rank)
-        self.sets = [
-            Resident(images, device)
-            if isinstance(images, Arrays)
-            else Streamed(Reader(images, config.seed, crop_area), device, workers, report)
-            for images, crop_area in ((source.train, config.data.crop_area), (source.val, None))
-        ]
         self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (source.mean, source.std))
+        # An epoch's order reaches all images of the training set; an evaluation, this rank's part only.
+        whole, mine = range(len(source.train)), part(len(source.val), steps.rank, steps.world)
+
+        def opened(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
+            if isinstance(images, Arrays):
+                return Resident(images, mine, config.data.resident, device)
+            reader = Reader(images, config.seed, crop_area)
+            return Streamed(reader, device, config.data.workers, stack_report(config.run_dir, steps.rank))
+
+        self.sets = opened(source.train, whole, config.data.crop_area), opened(source.val, mine, None)
 
     def train(self, steps: range) -> Iterator[Batch]:
         for share, images, labels in self.sets[0].read(map(self.steps, steps)):

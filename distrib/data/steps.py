@@ -113,7 +113,12 @@ class Steps:
         return Share(epoch, order(self.images, self.seed, epoch)[first : first + self.share])
 
 
+def part(images: int, rank: int, world: int) -> range:
+    """The images of a whole set, in order, that one rank evaluates."""
+    return range(rank * images // world, (rank + 1) * images // world)
+
+
 def contiguous(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
-    """A rank's share of a whole set in order, in parts of `size`: no image twice, none left out, no padding."""
-    mine = torch.arange(rank * images // world, (rank + 1) * images // world)
-    return (Share(0, mine[first : first + size]) for first in range(0, len(mine), size))
+    """A rank's part of a whole set, `size` at a time: no image twice, none left out, no padding."""
+    mine = part(images, rank, world)
+    return (Share(0, torch.arange(first, min(first + size, mine.stop))) for first in mine[::size])
