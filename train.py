@@ -14,7 +14,6 @@ from distrib import folder, provenance, ranks
 from distrib.checkpoint import Saver
 from distrib.config import Config, RunError, UserError, help_text, load_config, to_yaml
 from distrib.data.loaders import Loader
-from distrib.data.sources import load_source
 from distrib.data.steps import Steps
 from distrib.log import Log
 from distrib.loop import Run, fit
@@ -22,6 +21,7 @@ from distrib.memory import out_of_memory_told, parts_that_fit
 from distrib.metrics import zeros
 from distrib.models import build_model, fit_whitening
 from distrib.optim import build_average, build_optimizer, build_schedule
+from distrib.sharing import load_shared
 from distrib.state import TrainState, about, progress, restore
 from distrib.watch import Watch
 
@@ -35,7 +35,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
     with Watch(config) as watch:
         accelerator, setup = ranks.start(config)
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        source = ranks.first(lambda leads: load_source(config.data, download=leads))
+        source = load_shared(config.data)
         steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
         schedule = build_schedule(config, steps.per_epoch)
         loader = Loader(source, config, steps, device)

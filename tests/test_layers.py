@@ -14,7 +14,7 @@ LAYERS = [  # each may import from those below it
     ["train.py", "distrib/scale/__main__.py"],
     ["distrib/loop.py", "distrib/scale/step.py"],
     ["distrib/watch.py", "distrib/memory.py", "distrib/health.py", "distrib/scale/network.py"],
-    ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py"],
+    ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py", "distrib/sharing.py"],
     ["distrib/state.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
