@@ -139,7 +139,7 @@ def main(rounds: int) -> None:
         print(f"pixels that differ: {difference(sorted(folder.glob('train/*/*'))[:128])}")
         print(f"  of 2000x1500, decoded at less where that is enough: {difference(large)}")
 
-        keys = DataConfig(name="folder", root=name, size=SIZE, crop_area=LEAST_AREA, shift=0, flip=True)
+        keys = DataConfig(name="folder", root=name, size=SIZE, crop_area=LEAST_AREA, shift=0, flip="random")
         config, source = Config(run_dir=name, data=keys), load_source(keys, download=False)
         print("seconds for 1,000 images:")
         for workers in (0, 1, 2):

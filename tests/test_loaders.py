@@ -18,7 +18,7 @@ from distrib.data.steps import Steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICES = [CPU, GPU] if torch.cuda.is_available() else [CPU]
-NOISE = DataConfig(shift=1, flip=True, workers=2)
+NOISE = DataConfig(shift=1, flip="random", workers=2)
 
 
 def loader(
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
             path = root / part / "ab"[i % 2] / f"{i:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.numpy()).resize((30 + i, 40 - i)).save(path)
-    return DataConfig(name="folder", root=str(root), size=16, flip=True, workers=2)
+    return DataConfig(name="folder", root=str(root), size=16, flip="random", workers=2)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
