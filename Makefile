@@ -1,10 +1,10 @@
-# make train [ARGS="CONFIG.yaml key=value ..."]   make test [ARGS="-k name"]   make lint
+# make train [ARGS="CONFIG.yaml key=value ..."]   make test [ARGS="-k name"]   make lint   make bench [ARGS="throughput --quick"]
 # Each sets up what it needs in .venv, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: train test kill-storm stops lint clean
+.PHONY: train test kill-storm stops bench lint clean
 
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
@@ -19,6 +19,10 @@ kill-storm: .venv/ready-for-tests
 # every way to stop a run, under every launcher, about 35 minutes
 stops: .venv/ready-for-tests
 	DISTRIB_ALL_STOPS=1 $(BIN)/python -m pytest -s tests/test_survival.py -k asked_to_stop
+
+# side by side with what a user would pick instead, about 25 minutes on an idle machine
+bench: .venv/ready-for-bench
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check .
@@ -36,4 +40,8 @@ clean:
 
 .venv/ready-for-tests: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/ready-for-bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	touch $@
