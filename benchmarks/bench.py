@@ -32,26 +32,26 @@ def chosen(name: str, *, quick: bool, folder: Path) -> Iterator[Cell]:
     size = 32 if quick else 256
     epoch = 60_000 // size
     if name == "throughput":
-        total, log_every, save = (9, 3, 5) if quick else (48, 8, 24)
+        total, log_every, save = (9, 3, 5) if quick else (32, 8, 24)
         root = f"data.root={cells.subset(60_000, folder)}"  # else each run of ours would end with 10,000 images of validation
         keys = [root, "model.name=cnn", f"batch_size={size}", f"save_every={save}", *steps(total, log_every, epoch)]
         yield cells.throughput("cnn", cores, 3.0, keys)
         # A checkpoint each epoch, as by default: none is in the timed steps, and `start` tells what one costs.
-        total, log_every = (6, 2) if quick else (8, 2)
+        total, log_every = (4, 1) if quick else (6, 2)
         keys = [root, "model.name=resnet18", f"batch_size={size}", f"save_every={NEVER}", *steps(total, log_every, epoch)]
         yield cells.throughput("resnet18", cores, 1.8, keys)
     elif name == "tax":
         yield cells.tax(300, 100) if quick else cells.tax(2500, 500)
     elif name == "ranks":
         size = 64 if quick else 512
-        total, log_every = (9, 3) if quick else (16, 4)
+        total, log_every = (9, 3) if quick else (12, 4)
         root = f"data.root={cells.subset(60_000, folder)}"
         yield cells.ranks([root, f"batch_size={size}", *steps(total, log_every, 60_000 // size)])
     elif name == "start":
         total, every, evaluate = (8, 3, NEVER) if quick else (30, 4, 30)
         yield cells.start([*steps(total, 1, PER_EPOCH), f"save_every={every}", f"eval_every={evaluate}"])
     elif name == "growth":
-        yield cells.growth(folder, 9, 3, 32) if quick else cells.growth(folder, 48, 8, 256)
+        yield cells.growth(folder, 9, 3, 32) if quick else cells.growth(folder, 32, 8, 256)
 
 
 class Book:
@@ -89,9 +89,7 @@ def measure(cell: Cell, rounds: int, book: Book) -> bool:
     """Run a cell, round by round; returns whether all went well."""
     book.forget(cell.name)
     about = opening(cell.name, cell.title, cell.keys, rounds)
-    about |= {"unit": cell.unit, "ratios": [astuple(each) for each in cell.ratios]}
-    bases = {entry.name: "raw, ready batches" if "ready" in entry.name else "raw" for entry in cell.entries}
-    about["bases"] = {name: basis for name, basis in bases.items() if name != basis}
+    about |= {"unit": cell.unit, "ratios": [astuple(each) for each in cell.ratios], "minus": cell.minus}
     for round_ in range(rounds):
         for entry in table.order(cell.entries, round_):
             record: Record = {"cell": cell.name, "name": entry.name, "round": round_}
@@ -140,8 +138,9 @@ def accuracy(recipes: list[str], seeds: int, keys: list[str], book: Book) -> boo
 
 
 def asked() -> Any:
+    known = [*DEFAULT, "accuracy", "table"]
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
-    parser.add_argument("cells", nargs="*", choices=[*DEFAULT, "accuracy", "table", []], help="what to measure")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=", ".join(known))
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all of it runs")
     parser.add_argument("--rounds", type=int, default=0, help="rounds, of each cell; seeds of accuracy")
     parser.add_argument("--into", type=Path, help="where the records and the page go, without suffix")
@@ -149,7 +148,13 @@ def asked() -> Any:
         "--recipes", nargs="*", default=[], help='for accuracy: CONFIG.yaml, "CONFIG.yaml key=value", or PEER:EPOCHS'
     )
     parser.add_argument("--keys", nargs="*", default=[], help="for accuracy: more keys for PEER:EPOCHS, such as optim.lr=0.2")
-    return parser.parse_args()
+    args = parser.parse_args()
+    unknown = [name for name in args.cells if name not in known]
+    if unknown:
+        parser.error(f"there is no cell {unknown[0]!r}: use {', '.join(known)}")
+    if "accuracy" in args.cells and not args.recipes:
+        parser.error("accuracy wants --recipes, such as configs/fashion_mnist.yaml lightning:6")
+    return args
 
 
 def main() -> int:
@@ -157,13 +162,16 @@ def main() -> int:
     default = f"{time.strftime('%Y-%m-%d')}-{machine.slug()}{'-quick' if args.quick else ''}"
     book = Book(args.into or machine.ROOT / "benchmarks/results" / default)
     well = True
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.cells or DEFAULT:
-            if name == "accuracy":
-                well &= accuracy(args.recipes, args.rounds or 5, args.keys, book)
-            for cell in chosen(name, quick=args.quick, folder=Path(folder)):
-                well &= measure(cell, args.rounds or (1 if args.quick else 3), book)
-            book.write()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in args.cells or DEFAULT:
+                if name == "accuracy":
+                    well &= accuracy(args.recipes, args.rounds or 5, args.keys, book)
+                for cell in chosen(name, quick=args.quick, folder=Path(folder)):
+                    well &= measure(cell, args.rounds or (1 if args.quick else 3), book)
+                book.write()
+    except RunError as error:
+        sys.exit(f"bench: {error}")
     print(f"\n{book.page.read_text()}\n{book.page}")
     return 0 if well else 1
 

@@ -50,15 +50,16 @@ class Cell:
     value: Callable[[Record], float]
     equal: tuple[str, ...] = ("images", "updates", "timed", "parameters")  # what must be the same in all runs of a cell
     tolerance: float = 0.0  # of the losses, as a part of the trainer's; 0: they are not compared
+    minus: tuple[tuple[str, str], ...] = ()  # differences of medians that are told, (what, minus what)
 
 
 def rate(record: Record) -> float:
     """Images per second in the timed steps."""
-    return record["images"] / record["updates"] * record["timed"] / record["seconds"]
+    return float(record["images"] / record["updates"] * record["timed"] / record["seconds"])
 
 
 def microseconds(record: Record) -> float:
-    return 1e6 * record["seconds"] / record["timed"]
+    return float(1e6 * record["seconds"] / record["timed"])
 
 
 def program(name: str, *flags: str, launcher: Sequence[str] = (sys.executable, "-m")) -> Callable[[Sequence[str]], Record]:
@@ -114,18 +115,20 @@ def throughput(network: str, cores: int, goal: float, keys: list[str]) -> Cell:
 def tax(total: int, log_every: int) -> Cell:
     keys = ["data.name=digits", "data.shift=0", "model.name=cnn", "model.width=1", "batch_size=8", "precision=no", "threads=1"]
     keys += [*PLAIN, "optim.label_smoothing=0", f"eval_every={NEVER}", "save_every=1000"]
+    ready = "raw, ready batches"
     entries = [
         Entry("raw", program("raw")),
         Entry("ours", OURS),
         Entry("ours, again", OURS),
-        Entry("raw, ready batches", program("raw", "--ready")),
-        Entry("lightning, as shipped, ready batches", program("lightning_trainer", "--ready"), "lightning"),
-        Entry("lightning, barebones, ready batches", program("lightning_trainer", "--tuned", "--ready"), "lightning"),
-        Entry("accelerate, ready batches", accelerated("--tuned", "--ready", cores=1)),
+        Entry(ready, program("raw", "--ready")),
+        Entry("lightning, as shipped", program("lightning_trainer", "--ready"), "lightning"),
+        Entry("lightning, barebones", program("lightning_trainer", "--tuned", "--ready"), "lightning"),
+        Entry("accelerate, tuned", accelerated("--tuned", "--ready", cores=1)),
     ]
+    minus = (("ours", "raw"), ("ours, again", "raw"), *((entry.name, ready) for entry in entries[4:]))
     keys += steps(total, log_every, 1437 // 8)
     title = "Tax: the smallest network that the trainer knows, 8 digits a step, one thread"
-    return Cell("tax", title, "us/step", entries, keys, [CONTROL], microseconds)
+    return Cell("tax", title, "us/step", entries, keys, [CONTROL], microseconds, minus=minus)
 
 
 def ranks(keys: list[str]) -> Cell:
@@ -176,7 +179,9 @@ def start(keys: list[str]) -> Cell:
     ratios = [Ratio(what, over, 0, 1.5)]
     keys = [*FASHION[:-2], "model.name=cnn", "batch_size=256", *keys]
     title = "Start: from the start of the process; cnn on Fashion-MNIST, batch 256"
-    return Cell("start", title, "s", entries, keys, ratios, lambda record: record.get("start", record["wall"]), equal=())
+    return Cell(
+        "start", title, "s", entries, keys, ratios, lambda record: float(record.get("start") or record["wall"]), equal=()
+    )
 
 
 def subset(images: int, folder: Path) -> Path:

@@ -49,7 +49,8 @@ def quotient(records: Sequence[Record], what: str, over: str) -> float | None:
     names = by_name(records)
     if not (names.get(what) and names.get(over)):
         return None
-    return median(each["value"] for each in names[what]) / median(each["value"] for each in names[over])
+    top, bottom = (median(float(each["value"]) for each in names[name]) for name in (what, over))
+    return top / bottom
 
 
 def number(value: float) -> str:
@@ -67,7 +68,7 @@ def row(*cells: str) -> str:
 def page(records: Sequence[Record]) -> str:
     """The whole table, in Markdown, from all records of a file."""
     cells = list(dict.fromkeys(each["cell"] for each in records))
-    machine = next((each["machine"] for each in reversed(records) if "title" in each), [])
+    machine: list[str] = next((each["machine"] for each in reversed(records) if "title" in each), [])
     lines = ["# Side by side", "", "How each figure is taken, and how to read this: [README](../README.md).", ""]
     lines += [*(f"- {fact}" for fact in machine), ""]
     for cell in cells:
@@ -94,18 +95,16 @@ def section(about: Record, runs: Sequence[Record], machine: list[str]) -> list[s
             lines.append(row(name, values, f"{wall:.1f}", f"{cpu:.1f}", number(rss), loss, str(len(found))))
         for why in dict.fromkeys(each["failed"] for each in runs if each["name"] == name and "failed" in each):
             lines.append(row(name, why, "", "", "", "", ""))
-    lines += ["", *quotients(about, runs), *besides(runs)]
+    setups = dict.fromkeys(f"- {each['name']}: {each['setup']}" for each in runs if each.get("setup"))
+    lines += ["", *setups, "", *quotients(about, runs), *besides(runs)]
     return [*lines, *(f"**UNEQUAL WORK, so that these figures count for nothing:** {why}" for why in about["unequal"]), ""]
 
 
 def quotients(about: Record, runs: Sequence[Record]) -> list[str]:
-    lines = []
-    if about["unit"] == "us/step":
-        for name, basis in about["bases"].items():
-            medians = {each: median(run["value"] for run in found) for each, found in by_name(runs).items() if found}
-            if name in medians and basis in medians:
-                lines.append(f"- {name}: {medians[name] - medians[basis]:+,.0f} us a step over {basis}")
-        lines.append("")
+    medians = {name: median(each["value"] for each in found) for name, found in by_name(runs).items() if found}
+    minus = [(what, over) for what, over in about["minus"] if what in medians and over in medians]
+    lines = [f"- {what}: {medians[what] - medians[over]:+,.0f} {about['unit']} over {over}" for what, over in minus]
+    lines += [""] * bool(lines)
     if not about["ratios"]:
         return lines
     lines += [row("quotient of medians", "is", "should be", ""), row("---", "---", "---", "---")]
