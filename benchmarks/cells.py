@@ -14,6 +14,12 @@ from benchmarks.runs import ROOT, Record, RunError, peer, run, trainer
 
 NEVER = 10**9
 PER_EPOCH = 60_000 // 256
+PEERS = {  # a package, and the program of benchmarks/peers/ that uses it
+    "lightning": "lightning_trainer",
+    "accelerate": "accelerate_example",
+    "torchvision": "torchvision_reference",
+    "timm": "timm_train",
+}
 FASHION = ["data.name=fashion_mnist", "data.shift=1", "data.flip=true", f"eval_every={NEVER}", "optim.label_smoothing=0"]
 # From its peak to 0 in a straight line, or under OneCycleLR: the losses after as many steps are alike.
 PLAIN = ["optim.lr=0.02", "optim.warmup_epochs=0", "optim.schedule=linear"]
@@ -66,8 +72,12 @@ def program(name: str, *flags: str, launcher: Sequence[str] = (sys.executable, "
     return partial(peer, [*launcher, f"benchmarks.peers.{name}", *flags])
 
 
-def accelerated(*flags: str, cores: int = 0) -> Callable[[Sequence[str]], Record]:
-    """Accelerate's example under its launcher: as it ships, or tuned for so many cores."""
+def package(name: str, *flags: str, cores: int = 0) -> Callable[[Sequence[str]], Record]:
+    """A package of PEERS as it ships, or tuned for so many cores."""
+    if cores:
+        flags = ("--tuned", *flags)
+    if name != "accelerate":
+        return program(PEERS[name], *flags)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if cores:
         launcher += [
@@ -82,7 +92,7 @@ def accelerated(*flags: str, cores: int = 0) -> Callable[[Sequence[str]], Record
             "no",
         ]
         launcher += ["--num_cpu_threads_per_process", str(cores)]
-    return program("accelerate_example", *flags, launcher=[*launcher, "-m"])
+    return program(PEERS[name], *flags, launcher=[*launcher, "-m"])
 
 
 OURS = partial(trainer, [sys.executable, "train.py"])
@@ -96,17 +106,11 @@ def steps(total: int, log_every: int, per_epoch: float = PER_EPOCH) -> list[str]
 
 
 def throughput(network: str, cores: int, goal: float, keys: list[str]) -> Cell:
-    peers = {
-        "lightning": ("lightning", program("lightning_trainer"), program("lightning_trainer", "--tuned")),
-        "accelerate": ("", accelerated(), accelerated("--tuned", cores=cores)),
-        "torchvision": ("", program("torchvision_reference"), program("torchvision_reference", "--tuned")),
-        "timm": ("timm", program("timm_train"), program("timm_train", "--tuned")),
-    }
     entries = [Entry("raw", program("raw")), Entry("ours", OURS), Entry("ours, again", OURS)]
     ratios = [CONTROL, Ratio("ours", "raw", 0.98, note="the ceiling")]
-    for style, low in (("as shipped", goal), ("tuned", 1.0)):
-        for name, (needs, shipped, tuned) in peers.items():
-            entries.append(Entry(f"{name}, {style}", tuned if style == "tuned" else shipped, needs))
+    for style, of_peer, low in (("as shipped", package, goal), ("tuned", partial(package, cores=cores), 1.0)):
+        for name in PEERS:
+            entries.append(Entry(f"{name}, {style}", of_peer(name), name))
             ratios.append(Ratio("ours", f"{name}, {style}", low))
     title = f"Throughput: {network} on Fashion-MNIST"
     return Cell(f"throughput {network}", title, "images/s", entries, [*FASHION, *PLAIN, *keys], ratios, rate, tolerance=0.25)
@@ -121,9 +125,9 @@ def tax(total: int, log_every: int) -> Cell:
         Entry("ours", OURS),
         Entry("ours, again", OURS),
         Entry(ready, program("raw", "--ready")),
-        Entry("lightning, as shipped", program("lightning_trainer", "--ready"), "lightning"),
-        Entry("lightning, barebones", program("lightning_trainer", "--tuned", "--ready"), "lightning"),
-        Entry("accelerate, tuned", accelerated("--tuned", "--ready", cores=1)),
+        Entry("lightning, as shipped", package("lightning", "--ready"), "lightning"),
+        Entry("lightning, barebones", package("lightning", "--ready", cores=1), "lightning"),
+        Entry("accelerate, tuned", package("accelerate", "--ready", cores=1)),
     ]
     minus = (("ours", "raw"), ("ours, again", "raw"), *((entry.name, ready) for entry in entries[4:]))
     keys += steps(total, log_every, 1437 // 8)
@@ -235,9 +239,11 @@ class Recipe:
         name, _, epochs = self.text.partition(":")
         if not epochs:
             return OURS([*name.split(), f"seed={seed}"])
-        run_peer = accelerated("--validate") if name == "accelerate" else program(PROGRAMS[name], "--validate")
+        if name not in PEERS:
+            raise RunError(f"{self.text} is neither CONFIG.yaml nor PEER:EPOCHS with a peer of {', '.join(PEERS)}")
         keys = ["data.name=fashion_mnist", "data.shift=1", "data.flip=true", "model.name=cnn", "batch_size=256"]
-        return run_peer([*keys, f"epochs={epochs}", "optim.label_smoothing=0.1", "optim.lr=0.1", *self.keys, f"seed={seed}"])
-
-
-PROGRAMS = {"raw": "raw", "lightning": "lightning_trainer", "torchvision": "torchvision_reference", "timm": "timm_train"}
+        keys += [f"epochs={epochs}", "optim.label_smoothing=0.1", "optim.lr=0.1", *self.keys, f"seed={seed}"]
+        record = package(name, "--validate")(keys)
+        if record["top1"] is None:
+            raise RunError("it did not evaluate: give it whole epochs")
+        return record

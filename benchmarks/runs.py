@@ -14,12 +14,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 3600.0  # seconds; the longest run is one of the cell `accuracy`
+PATIENCE = 10.0  # seconds that a run has to end in when it is asked to
 
 Record = dict[str, Any]
 
@@ -58,8 +60,7 @@ def run(command: Sequence[str], **environment: str) -> Ran:
         try:
             code, usage = _waited(process.pid, TIMEOUT)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
+            _end(process)
             raise
         finally:
             memory.over.set()
@@ -111,6 +112,16 @@ def _waited(pid: int, seconds: float) -> tuple[int, Any]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return os.waitstatus_to_exitcode(status), usage
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started: politely, since only a launcher knows ranks that lead a session of their own."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _ticks() -> tuple[int, int]:

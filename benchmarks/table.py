@@ -158,7 +158,7 @@ def accuracy(about: Sequence[Record], runs: Sequence[Record], machine: list[str]
     for name, found in sorted(names.items(), key=lambda pair: median(each["wall"] for each in pair[1])):
         tops, walls, cpus = ([each[what] for each in found] for what in ("top1", "wall", "cpu"))
         deviation = f" +- {stdev(tops):.2f}" if len(tops) > 1 else ""
-        same = [number(median(each[what] for each in found)) for what in ("updates", "parameters")]
+        same = [f"{median(each[what] for each in found):,.0f}" for what in ("updates", "parameters")]
         shown = f"{mean(tops):.2f}{deviation}"
         lines.append(row(name, str(len(found)), shown, f"{min(tops):.2f}", spread(walls), spread(cpus), *same))
         if mean(tops) >= TARGET:

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, launch, requires
 
-from benchmarks import table
+from benchmarks import runs, table
 from benchmarks.cells import microseconds, rate, subset, throughput
 from benchmarks.runs import RunError, peer, run, trainer
 
@@ -33,9 +34,9 @@ def test_rounds_run_in_turn_and_back() -> None:
 
 
 def test_a_quotient_is_of_medians_so_that_one_slow_run_does_not_count() -> None:
-    runs = [ran("ours", value) for value in (10.0, 30.0, 31.0)] + [ran("raw", value) for value in (15.0, 15.0, 1.0)]
-    assert table.quotient(runs, "ours", "raw") == 2.0
-    assert table.quotient(runs, "ours", "a peer that is not installed") is None
+    found = [ran("ours", value) for value in (10.0, 30.0, 31.0)] + [ran("raw", value) for value in (15.0, 15.0, 1.0)]
+    assert table.quotient(found, "ours", "raw") == 2.0
+    assert table.quotient(found, "ours", "a peer that is not installed") is None
 
 
 def test_only_the_timed_steps_count() -> None:
@@ -45,9 +46,9 @@ def test_only_the_timed_steps_count() -> None:
 
 @pytest.mark.parametrize("what", EQUAL)
 def test_runs_of_unequal_work_are_not_compared(what: str) -> None:
-    runs = [ran("ours", 2.0), ran("raw", 1.0)]
-    assert table.unequal(runs, EQUAL, 0.25) == []
-    wrong = table.unequal([*runs, ran("raw", 1.0, **{what: WORK[what] + 1})], EQUAL, 0.25)
+    found = [ran("ours", 2.0), ran("raw", 1.0)]
+    assert table.unequal(found, EQUAL, 0.25) == []
+    wrong = table.unequal([*found, ran("raw", 1.0, **{what: WORK[what] + 1})], EQUAL, 0.25)
     assert len(wrong) == 1
     assert what in wrong[0]
 
@@ -74,8 +75,8 @@ def test_the_time_to_an_accuracy_is_that_of_the_fastest_recipe_which_has_it_on_t
     def recipe(name: str, wall: float, *tops: float) -> list[dict[str, Any]]:
         return [ran(name, 0, wall=wall, top1=top, seed=seed) | {"cell": "accuracy"} for seed, top in enumerate(tops)]
 
-    runs = recipe("a.yaml", 10.0, 93.2, 92.9) + recipe("p:6", 60.0, 93.1, 93.1) + recipe("p:5", 50.0, 92.9, 93.0)
-    shown = table.page([*runs, about(cell="accuracy")])
+    found = recipe("a.yaml", 10.0, 93.2, 92.9) + recipe("p:6", 60.0, 93.1, 93.1) + recipe("p:5", 50.0, 92.9, 93.0)
+    shown = table.page([*found, about(cell="accuracy")])
     assert "a.yaml is 6.00 times sooner than p:6; should be >= 5.0: yes" in shown
     assert "| p:5 | 2 | 92.95 +- 0.07 |" in shown
 
@@ -87,15 +88,31 @@ def test_the_hand_written_loop_and_the_trainer_do_the_same_work_and_end_with_the
     assert raw["updates"] == 5
     assert raw["timed"] == ours["timed"] == 3
     assert min(raw["seconds"], ours["seconds"], raw["cpu"], ours["cpu"]) > 0
-    runs = [
-        ran(name, 1.0, **{what: found[what] for what in (*EQUAL, "loss")}) for name, found in (("ours", ours), ("raw", raw))
-    ]
-    assert table.unequal(runs, EQUAL, 0.1) == []
+    found = [ran(name, 1.0, **{what: told[what] for what in (*EQUAL, "loss")}) for name, told in (("ours", ours), ("raw", raw))]
+    assert table.unequal(found, EQUAL, 0.1) == []
 
 
 def test_a_run_that_fails_is_told_with_its_last_words() -> None:
     with pytest.raises(RunError, match="exit code 3: so it ends"):
         run([sys.executable, "-c", "print('so it ends'); raise SystemExit(3)"])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_run_that_hangs_is_ended_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "TIMEOUT", 2.0)
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(RunError, match="not done after 2 s"):
+        run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"])
+    give_up = time.monotonic() + 10
+    while alive(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
 
 
 def test_the_costs_of_a_run_are_those_of_its_children_too() -> None:

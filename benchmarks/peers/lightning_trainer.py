@@ -61,6 +61,8 @@ def main() -> None:
     train = task.batches(train=True, workers=workers)
     val = task.batches(train=False, workers=workers) if task.validate else None
     options: dict[str, Any] = {"barebones": not task.validate} if task.tuned else {}
+    if task.validate:  # it does not evaluate after a part of an epoch
+        options["limit_train_batches"] = task.total // task.epochs
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             max_steps=task.total,
