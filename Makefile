@@ -20,7 +20,7 @@ kill-storm: .venv/ready-for-tests
 stops: .venv/ready-for-tests
 	DISTRIB_ALL_STOPS=1 $(BIN)/python -m pytest -s tests/test_survival.py -k asked_to_stop
 
-# side by side with what a user would pick instead, 25 to 35 minutes on two idle cores
+# side by side with what a user would pick instead, about half an hour
 bench: .venv/ready-for-bench
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
