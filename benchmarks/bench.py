@@ -32,12 +32,12 @@ def chosen(name: str, *, quick: bool, folder: Path) -> Iterator[Cell]:
     size = 32 if quick else 256
     epoch = 60_000 // size
     if name == "throughput":
-        total, log_every, save = (9, 3, 5) if quick else (32, 8, 24)
+        total, log_every, save = (9, 3, 5) if quick else (24, 6, 18)
         root = f"data.root={cells.subset(60_000, folder)}"  # else each run of ours would end with 10,000 images of validation
         keys = [root, "model.name=cnn", f"batch_size={size}", f"save_every={save}", *steps(total, log_every, epoch)]
         yield cells.throughput("cnn", cores, 3.0, keys)
         # A checkpoint each epoch, as by default: none is in the timed steps, and `start` tells what one costs.
-        total, log_every = (4, 1) if quick else (6, 2)
+        total, log_every = 4, 1
         keys = [root, "model.name=resnet18", f"batch_size={size}", f"save_every={NEVER}", *steps(total, log_every, epoch)]
         yield cells.throughput("resnet18", cores, 1.8, keys)
     elif name == "tax":
@@ -51,7 +51,7 @@ def chosen(name: str, *, quick: bool, folder: Path) -> Iterator[Cell]:
         total, every, evaluate = (8, 3, NEVER) if quick else (30, 4, 30)
         yield cells.start([*steps(total, 1, PER_EPOCH), f"save_every={every}", f"eval_every={evaluate}"])
     elif name == "growth":
-        yield cells.growth(folder, 9, 3, 32) if quick else cells.growth(folder, 32, 8, 256)
+        yield cells.growth(folder, 9, 3, 32) if quick else cells.growth(folder, 24, 6, 256)
 
 
 class Book:

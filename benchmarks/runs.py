@@ -48,8 +48,12 @@ class Ran:
 def run(command: Sequence[str], **environment: str) -> Ran:
     """Run a process to its end. Raises RunError."""
     bin_dir = Path(sys.executable).parent
-    # Without a folder of its own, `accelerate launch` would take its defaults from the user's.
-    settings = {"PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}", "HF_HOME": "/nonexistent"}
+    # On the CPU, also where there is a GPU; and with accelerate's own defaults, not with those that its user has set.
+    settings = {
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
+        "HF_HOME": "/nonexistent",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "ACCELERATE_"))}
     with tempfile.TemporaryFile("w+") as out:
         ticks, began, clock = _ticks(), time.time(), time.perf_counter()
