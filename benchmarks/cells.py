@@ -20,7 +20,7 @@ PEERS = {  # a package, and the program of benchmarks/peers/ that uses it
     "torchvision": "torchvision_reference",
     "timm": "timm_train",
 }
-FASHION = ["data.name=fashion_mnist", "data.shift=1", "data.flip=true", f"eval_every={NEVER}", "optim.label_smoothing=0"]
+FASHION = ["data.name=fashion_mnist", "data.shift=1", "data.flip=random", f"eval_every={NEVER}", "optim.label_smoothing=0"]
 # From its peak to 0 in a straight line, or under OneCycleLR: the losses after as many steps are alike.
 PLAIN = ["optim.lr=0.02", "optim.warmup_epochs=0", "optim.schedule=linear"]
 
@@ -241,7 +241,7 @@ class Recipe:
             return OURS([*name.split(), f"seed={seed}"])
         if name not in PEERS:
             raise RunError(f"{self.text} is neither CONFIG.yaml nor PEER:EPOCHS with a peer of {', '.join(PEERS)}")
-        keys = ["data.name=fashion_mnist", "data.shift=1", "data.flip=true", "model.name=cnn", "batch_size=256"]
+        keys = ["data.name=fashion_mnist", "data.shift=1", "data.flip=random", "model.name=cnn", "batch_size=256"]
         keys += [f"epochs={epochs}", "optim.label_smoothing=0.1", "optim.lr=0.1", *self.keys, f"seed={seed}"]
         record = package(name, "--validate")(keys)
         if record["top1"] is None:

@@ -77,7 +77,7 @@ class Task:
         noise: list[Any] = []
         if train and data.shift:
             noise.append(transforms.RandomCrop(self.source.shape[1:], padding=data.shift))
-        if train and data.flip:
+        if train and data.flip != "none":
             noise.append(transforms.RandomHorizontalFlip())
         to_float = [v2.ToDtype(torch.float32, scale=True)] if self.tuned else [transforms.ToTensor()]
         steps = [*noise, *to_float]

@@ -28,7 +28,7 @@ LOG_EVERY = 50
 
 def loader(task: Task, *, train: bool) -> Any:
     arrays: Any = task.source.train if train else task.source.val
-    noisy = train and bool(task.config.data.shift or task.config.data.flip)
+    noisy = train and (task.config.data.shift > 0 or task.config.data.flip != "none")
     return create_loader(
         Pictures(arrays, None, pil=True),  # its transforms are set by create_loader
         input_size=task.source.shape,
@@ -37,7 +37,7 @@ def loader(task: Task, *, train: bool) -> Any:
         no_aug=not noisy,
         scale=(0.8, 1.0),
         ratio=(0.9, 1.1),
-        hflip=0.5 if task.config.data.flip else 0.0,
+        hflip=0.5 if task.config.data.flip != "none" else 0.0,
         color_jitter=0.0,
         interpolation="bilinear",
         crop_pct=1.0,
