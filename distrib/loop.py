@@ -114,15 +114,16 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
     seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
     statistics = [buffer.clone() for buffer in state.network.buffers()] if config.nonfinite == "skip" else []
     told: list[Tensor] = []
-    parts = list(zip(*(each.tensor_split(state.micro_batches) for each in batch), strict=True))
+    parts = batch.split(state.micro_batches)
     for i, (images, labels) in enumerate(parts, 1):
         # The ranks need to agree on the gradient only once.
         with nullcontext() if i == len(parts) else accelerator.no_sync(state.model):
             logits = state.model(images)
             loss, plain = losses(logits, labels, config.optim.label_smoothing)
             share = len(labels) / len(batch.labels)
+            scaled = state.scaler.scale(loss) if state.scaler else loss
             # A loss that is not finite makes the gradient so, since 0 times it is nan: thus all ranks get to know.
-            accelerator.backward(loss, gradient=share + 0 * loss.detach())
+            scaled.backward(gradient=share + 0 * loss.detach())
         told += plain.detach(), hits(logits, labels)
 
     set_learning_rate(state.optimizer, rate)

@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def split(self, parts: int) -> "list[Batch]":
+        """The batch in so many parts, which may be uneven by an image."""
+        return list(map(Batch, *(each.tensor_split(parts) for each in self))) if parts > 1 else [self]
+
 
 class Resident:
     """The images `mine` of a set in memory: the device's, or the machine's, from where each batch travels."""
