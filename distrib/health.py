@@ -62,7 +62,7 @@ def look_back(state: TrainState, config: Config, steps: Steps, log: Log) -> None
         if state.nonfinite_in_a_row > config.nonfinite_limit:
             row = f"{state.nonfinite_in_a_row} steps in a row were not finite, up to step {step + 1:,}"
             raise RunError(f"{row}: try a smaller optim.lr, or optim.clip_norm")
-    state.sums.copy_(torch.tensor(sums))
+    state.sums.copy_(torch.tensor(sums, dtype=state.sums.dtype))
 
 
 def shortened(images: list[int]) -> str:
