@@ -45,11 +45,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
         fit_whitening(network, loader.sample)
         average = build_average(network, config.optim.average_decay)
         optimizer = build_optimizer(network, config.optim, fused=accelerator.scaler is None)
-        if config.compile != "no":
-            network.compile(
-                mode=config.compile
-            )  # in place, so that its weights keep their names; before DDP, which cuts graphs
-        model, optimizer = accelerator.prepare(network, optimizer)
+        model, optimizer = ranks.prepared(accelerator, network, optimizer, config)
         state = TrainState(model, network, optimizer, average, zeros(device))
         state.micro_batches, cut = parts_that_fit(config, state, steps.share, source.shape, accelerator)
 

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from torch import nn
+from torch.optim import Optimizer
 
 from distrib import interrupt
 from distrib.config import Config, UserError, one_line
@@ -51,10 +53,11 @@ def start(config: Config) -> tuple[Accelerator, str]:
     assert state.num_processes == launched_world(), state.num_processes
     choices = gathered(choose_precision(config.precision, state.device))
     precision, why = next((choice for choice in choices if choice[0] == "no"), choices[0])
+    hook = DDPCommunicationHookType(config.comm_hook)
     accelerator = Accelerator(
         cpu=not gpus,
         mixed_precision=precision,
-        kwargs_handlers=[ddp_options(config)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)],
     )
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     return accelerator, f"ranks {state.num_processes}, device {device}, threads {threads}, precision {precision} ({why})"
@@ -80,10 +83,14 @@ def patience(config: Config) -> timedelta:
     return timedelta(seconds=max(asdict(config.limits).values()) + 30)
 
 
-def ddp_options(config: Config) -> DistributedDataParallelKwargs:
-    """How the ranks exchange gradients; batch statistics they do not: in each forward pass that would be one more exchange."""
-    hook = DDPCommunicationHookType(config.comm_hook)
-    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+def prepared(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer, config: Config) -> tuple[nn.Module, Optimizer]:
+    """What a step calls, `network` inside DDP if there are several ranks, and its optimizer. Every rank must call this."""
+    if config.compile != "no":
+        network.compile(mode=config.compile)  # in place, so that its weights keep their names; before DDP, which cuts graphs
+    model, optimizer = accelerator.prepare(network, optimizer)
+    # Batch statistics are made equal when they are used: in each forward pass that would be a collective that waits.
+    model.broadcast_buffers = False  # set here, since DDP's option of this name is being replaced by another
+    return model, optimizer
 
 
 def threads_of_a_rank(local_ranks: int) -> int:

@@ -128,7 +128,7 @@ def test_torchvisions_other_networks_are_gone_through_too(name: str) -> None:
 
 
 def test_every_data_set_is_known_without_being_loaded() -> None:
-    assert {*SETS, "folder"} == SOURCES.keys()
+    assert {*SETS, "folder"} == SOURCES.keys() - {"uneven"}  # which other tests add
     digits = load_source(DataConfig(), download=False)
     assert data_of(DataConfig()) == (digits.shape, len(digits.classes), len(digits.train))
 
