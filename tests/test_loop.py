@@ -81,6 +81,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         assert got[tag] == expected[tag], tag
 
 
+def test_a_compiled_network_trains_like_a_plain_one_and_its_weights_keep_their_names(tmp_path: Path) -> None:
+    keys = ["epochs=1", "model.norm=group", "log_every=1"]
+    plain, compiled = run(tmp_path / "plain", *keys), run(tmp_path / "compiled", *keys, "compile=default")
+    assert compiled.network._compiled_call_impl is not None
+    assert compiled.tensors().keys() == plain.tensors().keys()
+    expected, got = (dict(points(tmp_path / name)["train/loss"]) for name in ("plain", "compiled"))
+    assert got == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = run(tmp_path)
     capsys.readouterr()

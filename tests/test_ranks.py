@@ -8,7 +8,7 @@ from pathlib import Path
 import agreeing
 import pytest
 import torch
-from conftest import launch
+from conftest import SMALL, launch, points
 
 from distrib import ranks
 from distrib.config import Config, UserError
@@ -19,6 +19,17 @@ def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     noted = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     assert noted == [{"first": True, "agreed": "rank 0's", "told": "rank 0 could not"}] * 3
+
+
+def test_gradients_that_are_rounded_for_their_exchange_train_nearly_alike(tmp_path: Path) -> None:
+    for hook in ("no", "bf16", "fp16"):
+        done = launch(2, "train.py", *SMALL, "epochs=1", f"comm_hook={hook}", f"run_dir={tmp_path / hook}")
+        assert done.returncode == 0, done.stderr
+    exact = dict(points(tmp_path / "no")["train/loss"])
+    for hook in ("bf16", "fp16"):
+        rounded = dict(points(tmp_path / hook)["train/loss"])
+        assert rounded == pytest.approx(exact, rel=0.05)
+        assert rounded != exact
 
 
 @pytest.mark.parametrize(("asked", "local_ranks", "threads"), [(0, 1, 1.0), (0, 2, 0.5), (3, 2, None)])

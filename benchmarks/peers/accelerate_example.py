@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.peers.task import Pictures, Task, Work, asked
 
@@ -28,22 +29,27 @@ def normalized(images: Tensor, task: Task, device: torch.device) -> Tensor:
     return ((images - mean) / std).contiguous(memory_format=task.layout)
 
 
-class Named(Pictures):
+class Named(Dataset[Any]):
     """Items as the example has them: a dict."""
 
-    def __getitem__(self, index: int) -> Any:
-        image, label = super().__getitem__(index)
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.pictures[index]
         return {"image": image, "label": label}
 
 
 def loader(task: Task, *, train: bool) -> Any:
     if task.ready and train:
         made: Any = [{"image": images, "label": labels} for images, labels in task.batches(train=True, workers=0)]
-        return torch.utils.data.DataLoader(made, batch_size=None)
-    pictures = task.images(train=train, normalize=False)
-    pictures.__class__ = Named
+        return DataLoader(made, batch_size=None)
+    pictures = Named(task.images(train=train, normalize=False))
     workers: Any = {"num_workers": 1, "persistent_workers": True} if task.tuned else {"num_workers": 4}
-    return torch.utils.data.DataLoader(pictures, task.config.batch_size, shuffle=train, drop_last=train, **workers)
+    return DataLoader(pictures, task.config.batch_size, shuffle=train, drop_last=train, **workers)
 
 
 @torch.no_grad()
