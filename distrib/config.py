@@ -189,9 +189,9 @@ def _parse(pair: str) -> DictConfig:
 
 
 def _merged(config: DictConfig, keys: DictConfig, where: str) -> DictConfig:
-    for name in ("precision", "compile", "comm_hook"):
-        if keys.get(name) is False:  # YAML's reading of a bare `no`
-            keys[name] = "no"
+    for each in fields(Config):
+        if "no" in get_args(each.type) and keys.get(each.name) is False:  # YAML's reading of a bare `no`
+            keys[each.name] = "no"
     try:
         config = cast(DictConfig, OmegaConf.merge(config, keys))
         OmegaConf.to_object(config)  # checks the ranges

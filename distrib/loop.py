@@ -184,9 +184,8 @@ def validate(state: TrainState, run: Run) -> None:
 def evaluate(model: nn.Module, loader: Loader, part: int, count: int, accelerator: Accelerator) -> dict[str, float]:
     """Loss, top1 and top5 over the whole validation set, `part` images at a time, each counted once. Every rank must call this.
 
-    Logits are averaged over `count` views of an image.
-
-    The ranks' shares may be uneven: `model` is not the DDP one, so nothing is exchanged before the sums are.
+    Logits are averaged over `count` views of an image. The ranks' shares may be uneven: `model` is not the DDP one, so nothing
+    is exchanged before the sums are.
     """
     for buffer in model.buffers():
         broadcast(buffer)  # each rank has batch statistics of its own images; rank 0's are those that are saved

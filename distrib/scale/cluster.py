@@ -82,7 +82,7 @@ class Cluster:
     jitter: float = 0.01  # standard deviation of the ranks' compute times, as a part of these: assumed
     failures: float = 419 / 54 / 16_384  # of a GPU in a day: unexpected interruptions of Llama 3 (Dubey et al., 2024, 3.3.4)
     restart: float = (
-        600.0  # seconds: 5 minutes until SLURM gives a node up, 2 in its queue (docs/slurm.md), 3 to start (assumed)
+        600.0  # seconds: 5 minutes until SLURM gives a node up, 2 in its queue (docs/slurm.md), 3 to start: assumed
     )
     copying: float = 204e6 / 5.3e-3  # bytes/s of state, for which training waits at a save: measured (docs/surviving.md)
 
