@@ -14,6 +14,7 @@ from typing import IO, Any
 from distrib import ranks
 from distrib.config import Config, RunError, UserError, keys_of_result, one_line, read_config, to_yaml
 from distrib.interrupt import BEGAN
+from distrib.vote import StopVote
 
 PATIENCE = 10.0  # seconds that another trainer has to leave: one that was just stopped may be saving
 LINGER = 1.0  # seconds in which ranks that lost one see which it was, before they leave too
@@ -144,7 +145,7 @@ def ask_for_requeue(stopped_by: str) -> None:
     Not if a person stopped it, by the file STOP or Ctrl-C: it would come back.
     """
     path = os.environ.get("REQUEUE_FILE")
-    if path and ranks.is_first() and stopped_by not in (ranks.StopVote.FILE, "SIGINT"):
+    if path and ranks.is_first() and stopped_by not in (StopVote.FILE, "SIGINT"):
         try:
             Path(path).touch()
         except OSError as error:

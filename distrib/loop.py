@@ -20,6 +20,7 @@ from distrib.log import Log
 from distrib.metrics import hits, losses, means, totals, zeros
 from distrib.optim import Schedule, move_average, set_learning_rate
 from distrib.state import Told, TrainState, snapshot
+from distrib.vote import StopVote
 from distrib.watch import Watch
 
 
@@ -42,7 +43,7 @@ def fit(state: TrainState, run: Run) -> str:
     Every rank must call this. Raises RunError if numbers went wrong, or if the last state could not be saved.
     """
     config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
-    vote, stopper, saved = ranks.StopVote(config), "", state.step
+    vote, stopper, saved = StopVote(config), "", state.step
     run.watch.enter("step")
     for batch in run.loader.train(range(state.step, total)):
         stopper = vote(state.step)

@@ -15,7 +15,7 @@ LAYERS = [  # each may import from those below it
     ["distrib/loop.py", "distrib/scale/step.py"],
     ["distrib/watch.py", "distrib/memory.py", "distrib/health.py", "distrib/scale/network.py"],
     ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py", "distrib/sharing.py"],
-    ["distrib/state.py"],
+    ["distrib/state.py", "distrib/vote.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
     ["distrib/data/files.py"],

@@ -12,6 +12,7 @@ from conftest import SMALL, launch, points
 
 from distrib import ranks
 from distrib.config import Config, UserError
+from distrib.vote import StopVote
 
 
 def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
     clock, voted = [0.0], []
     monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
     ranks.start(Config(precision="no", threads=1))
-    vote = ranks.StopVote(Config(run_dir=str(tmp_path)))
+    vote = StopVote(Config(run_dir=str(tmp_path)))
     for step in range(5000, 6000):  # goes on after step 5000, at 20 steps a second
         before = vote.next
         assert vote(step) == ""
@@ -78,7 +79,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
 
 def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
     ranks.start(Config(precision="no", threads=1))
-    vote = ranks.StopVote(Config(run_dir=str(tmp_path)))
+    vote = StopVote(Config(run_dir=str(tmp_path)))
     assert vote(0) == ""
     (tmp_path / "STOP").write_text("")
     assert vote(1) == "the file STOP"
