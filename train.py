@@ -17,7 +17,7 @@ from distrib.data.loaders import Loader
 from distrib.data.steps import Steps
 from distrib.log import Log
 from distrib.loop import Run, fit
-from distrib.memory import out_of_memory_told, parts_that_fit
+from distrib.memory import keep_freed_memory, out_of_memory_told, parts_that_fit
 from distrib.metrics import zeros
 from distrib.models import build_model, fit_whitening
 from distrib.optim import build_average, build_optimizer, build_schedule
@@ -35,6 +35,8 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
     with Watch(config) as watch:
         accelerator, setup = ranks.start(config)
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        if device.type == "cpu":
+            keep_freed_memory()
         source = load_shared(config.data)
         steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
         schedule = build_schedule(config, steps.per_epoch)

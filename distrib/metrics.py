@@ -25,7 +25,6 @@ def losses(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Te
     return (1 - smoothing) * plain - smoothing * logs.mean() if smoothing else plain, plain
 
 
-@torch.no_grad()
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """How many of `labels` (n,) have the largest of their `logits` (n, classes)."""
     return (logits.argmax(1) == labels).sum()

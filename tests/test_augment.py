@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.augment import Augment, erased, moved, normalized, views
+from distrib.data.augment import Augment, Normalize, erased, moved, views
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_views_of_an_image_have_weights_that_add_up_to_1(count: int) -> None:
 def test_normalized_images_have_mean_0_and_variance_1_and_lie_channels_last() -> None:
     pixels = IMAGES.double() / 255
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-    out = normalized(IMAGES, mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1))
+    out = Normalize(mean.float(), std.float(), IMAGES.shape[3])(IMAGES)
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor
 
 from distrib.config import DataConfig, ModelConfig
-from distrib.data.augment import normalized
+from distrib.data.augment import Normalize
 from distrib.models import build_model
 
 WORLDS = [1, 2, 3]
@@ -85,10 +85,9 @@ def test_logged_metrics_are_those_of_sklearn_in_one_process(runs: Path, world: i
     network = build_model(ModelConfig(norm="group", width=16), source.shape, len(source.classes)).double()
     prefix = "model." if group == "val" else "average."
     network.load_state_dict({k.removeprefix(prefix): v for k, v in weights(run_dir).items() if k.startswith(prefix)})
+    normalize = Normalize(*(torch.tensor(each).double() for each in (source.mean, source.std)), source.shape[2])
     with torch.no_grad():
-        logits = network.eval()(
-            normalized(source.val.images, *(torch.tensor(each).double() for each in (source.mean, source.std)))
-        )
+        logits = network.eval()(normalize(source.val.images))
     labels, scores = source.val.labels.numpy(), logits.double().softmax(1).numpy()
 
     logged = {name: points(run_dir)[f"{group}/{name}"][-1] for name in ("loss", "top1", "top5")}

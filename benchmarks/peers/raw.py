@@ -1,7 +1,7 @@
 """The ceiling: what an expert would write by hand for this one task, with none of the trainer's features.
 
-The trainer's network, precision and batches; a fused optimizer, DDP with bucket views, a static graph and no broadcast of
-buffers; no logging, metrics, checkpoints, checks or signals. One process, or several under torchrun.
+The trainer's network, precision, batches and way with memory; a fused optimizer, DDP with bucket views, a static graph and no
+broadcast of buffers; no logging, metrics, checkpoints, checks or signals. One process, or several under torchrun.
 """
 
 import os
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.peers.task import MOMENTUM, WEIGHT_DECAY, Task, Work, asked
 from distrib.data.loaders import Loader
 from distrib.data.steps import Steps
+from distrib.memory import keep_freed_memory
 from distrib.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -39,6 +40,7 @@ def main() -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not task.config.threads:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
+    keep_freed_memory()
     precise = choose_precision(task.config.precision, CPU)[0] == "no"
     network: nn.Module = task.network()
     model = network

@@ -86,10 +86,17 @@ def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
             yield weight / sum(other for other, _ in shown) / min(count, 2), side.contiguous(memory_format=torch.channels_last)
 
 
-def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 to float32 of mean 0 and variance 1 per channel, channels last. `mean`, `std`: (channels, 1, 1), of [0, 1]."""
-    n, channels, height, width = images.shape
-    # Row by row: on a CPU, arithmetic along runs of three channels takes ten times as long.
-    mean, std = (each.flatten().repeat(width) * 255 for each in (mean, std))
-    rows = images.permute(0, 2, 3, 1).to(mean.dtype, memory_format=torch.contiguous_format).view(n, height, -1)
-    return rows.sub_(mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
+class Normalize:
+    """Makes uint8 images (n, channels, height, width) floats of mean 0 and variance 1 in each channel, channels last.
+
+    `mean` and `std`, (channels,), are those of pixels in [0, 1].
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, width: int) -> None:
+        # Row by row: on a CPU, arithmetic along runs of three channels takes ten times as long.
+        self.mean, self.std = (each.repeat(width) * 255 for each in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        n, channels, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).to(self.mean.dtype, memory_format=torch.contiguous_format).view(n, height, -1)
+        return rows.sub_(self.mean).div_(self.std).view(n, height, width, channels).permute(0, 3, 1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distrib.config import Config, UserError
-from distrib.data.augment import Augment, normalized
+from distrib.data.augment import Augment, Normalize
 from distrib.data.files import Files, Piece, Reader
 from distrib.data.sources import Arrays, Source
 from distrib.data.steps import Share, Steps, contiguous, part
@@ -144,7 +144,8 @@ class Loader:
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         self.augment = Augment(config.data, config.seed)
-        self.mean, self.std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (source.mean, source.std))
+        mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
+        self.normalize = Normalize(mean, std, width=source.shape[2])
         # An epoch's order reaches all images of the training set; an evaluation, this rank's part only.
         whole, mine = range(len(source.train)), part(len(source.val), steps.rank, steps.world)
 
@@ -158,17 +159,17 @@ class Loader:
 
     def train(self, steps: range) -> Iterator[Batch]:
         for share, images, labels in self.sets[0].read(map(self.steps, steps)):
-            yield Batch(normalized(self.augment(images, share), self.mean, self.std), labels)
+            yield Batch(self.normalize(self.augment(images, share)), labels)
 
     def sample(self, pixels: int = 1 << 20) -> Tensor:
         """Training images without noise, evenly spread over the set, of about so many pixels: the same for each rank."""
         images, (_, height, width) = len(self.source.train), self.source.shape
         chosen = torch.arange(0, images, max(1, images * height * width // pixels))
         _, found, _ = next(iter(self.sets[0].read([Share(0, chosen)])))
-        return normalized(found, self.mean, self.std)
+        return self.normalize(found)
 
     def val(self, size: int) -> Iterator[Batch]:
         """This rank's part of the validation set, `size` images at a time."""
         shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, size)
         for _, images, labels in self.sets[1].read(shares):
-            yield Batch(normalized(images, self.mean, self.std), labels)
+            yield Batch(self.normalize(images), labels)
