@@ -55,14 +55,9 @@ def page(device: str, gpus: int, quick: bool, data: list[str], scratch: Path) ->
     began = perf_counter()
     versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}"
     yield f"# {device}\n\n`python benchmarks/gpu.py`, {max(gpus, 1)} GPU, {versions}\n"
-    ceilings = child("ceilings", quick=quick)
     yield "| ceiling | |\n|---|---|"
-    yield f"| product of two matrices of {ceilings['side']}, bf16 | {ceilings['flops'] / 1e12:.3g} TFLOP/s |"
-    yield f"| copy of {ceilings['bytes'] / 2**20:.0f} MiB, read and written | {ceilings['copied'] / 1e12:.3g} TB/s |"
-    yield f"| launch of a kernel | {1e6 * ceilings['launch']:.1f} us |"
-    tax = child("tax", quick=quick)
-    told = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in tax.items())
-    yield f"| a step of a linear layer on 8x8 pixels | {told}: tax {1e6 * (tax['the trainer'] - tax['bare loop']):.0f} us |"
+    yield ceilings(child("ceilings", quick=quick))
+    yield f"| a step of a linear layer on 8x8 pixels | {tax(child('tax', quick=quick))} |"
     yield "\n| network, images | GPUs | batch | compile | images/s | GPU idle | host syncs |\n|---|---|---|---|---|---|---|"
     for name, size, batch, count in networks(quick):
         for ranks in sorted({1, max(gpus, 1)}):
@@ -73,6 +68,23 @@ def page(device: str, gpus: int, quick: bool, data: list[str], scratch: Path) ->
     for keys in (["epochs=3"], ["epochs=8"]):
         yield recipe([*keys, *data], seeds=1 if quick else 4, scratch=scratch, quick=quick)
     yield f"\nAll of this took {(perf_counter() - began) / 60:.1f} minutes."
+
+
+def ceilings(said: Record) -> str:
+    if "failed" in said:
+        return f"| ceilings | failed: {said['failed']} |"
+    return (
+        f"| product of two matrices of {said['side']}, bf16 | {said['flops'] / 1e12:.3g} TFLOP/s |\n"
+        f"| copy of {said['bytes'] / 2**20:.0f} MiB, read and written | {said['copied'] / 1e12:.3g} TB/s |\n"
+        f"| launch of a kernel | {1e6 * said['launch']:.1f} us |"
+    )
+
+
+def tax(said: Record) -> str:
+    if "failed" in said:
+        return f"failed: {said['failed']}"
+    told = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in said.items())
+    return f"{told}: tax {1e6 * (said['the trainer'] - said['bare loop']):.0f} us"
 
 
 def networks(quick: bool) -> list[tuple[str, int, int, int]]:
@@ -97,7 +109,9 @@ def recipe(keys: list[str], seeds: int, scratch: Path, *, quick: bool) -> str:
         run_dir, began = scratch / f"{keys[0]}-{seed}", perf_counter()
         own = [f"run_dir={run_dir}", f"seed={seed}", *(["epochs=0.02"] if quick else [])]
         command = [sys.executable, "train.py", "configs/fashion_mnist_fast.yaml", *keys, *own]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"| fashion_mnist_fast, {keys[0]} | {seeds} | failed: {last_words(done)} | | |"
         status = json.loads((run_dir / "status.json").read_text())
         walls.append(perf_counter() - began)
         top1.append(status["top1"])
@@ -115,9 +129,13 @@ def child(part: str, *args: str, quick: bool, ranks: int = 1) -> Record:
     command = [sys.executable, *several, "-m", "benchmarks.gpu_parts", part, str(int(quick)), *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:200]}
+        return {"failed": last_words(done)}
     told: Record = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return told
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
 
 
 if __name__ == "__main__":

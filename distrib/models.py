@@ -45,17 +45,16 @@ def build_model(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
 class Whitening(nn.Module):
     """A first layer that is computed, not learned: its outputs over a patch of the images are uncorrelated, of variance 1.
 
-    Each filter comes with its negative, so that nothing is lost in the ReLU; only the biases learn (Page, "How to train your
-    ResNet", 2018; Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+    Each filter comes with its negative, so that nothing is lost in the ReLU (Page, "How to train your ResNet", 2018; Jordan,
+    "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, where biases are learned: that takes 6 % longer and gains nothing).
     """
 
     def __init__(self, shape: Shape, side: int) -> None:
         super().__init__()
         channels, height, width = shape
         self.shape: Shape = (2 * channels * side**2, height - side + 1, width - side + 1)
-        self.convolution = nn.Conv2d(channels, self.shape[0], side)
+        self.convolution = nn.Conv2d(channels, self.shape[0], side, bias=False)
         self.convolution.weight.requires_grad_(False)
-        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         return F.relu(self.convolution(images))

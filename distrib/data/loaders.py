@@ -121,14 +121,14 @@ def ahead(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
         arrived, here = under_way, cuda.current_stream(device)
         here.wait_stream(side)  # the device does, not the host
         with cuda.stream(side):
-            under_way = moved(read, device) if read else None
+            under_way = on_device(read, device) if read else None
         if arrived:
             for tensor in (arrived[0].images, *arrived[1:]):
                 tensor.record_stream(here)  # whose memory is not given away before `here` has used it
             yield arrived
 
 
-def moved(read: Read, device: torch.device) -> Read:
+def on_device(read: Read, device: torch.device) -> Read:
     share, images, labels = read
     return Share(share.epoch, sent(share.images, device)), sent(images, device), sent(labels, device)
 

@@ -24,31 +24,7 @@ LL_LIMIT = (141e9, 39e9, 20.4e9)  # bytes/s in protocol LL: on one node, two nod
 TREE_REACHES = {
     "LL": (1, 1, 1, 1, 0.9, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     "LL128": (1, 1, 1, 1, 1, 0.9, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.8, 0.9, 0.9, 0.9, 0.9),
-    "Simple": (
-        0.9,
-        0.9,
-        0.9,
-        0.9,
-        0.9,
-        0.9,
-        0.9,
-        0.8,
-        0.7,
-        0.6,
-        0.6,
-        0.5,
-        0.5,
-        0.5,
-        0.5,
-        0.6,
-        0.7,
-        0.8,
-        0.7,
-        0.7,
-        0.8,
-        0.9,
-        0.9,
-    ),
+    "Simple": (0.9,) * 7 + (0.8, 0.7, 0.6, 0.6, 0.5, 0.5, 0.5, 0.5, 0.6, 0.7, 0.8, 0.7, 0.7, 0.8, 0.9, 0.9),
 }
 
 
@@ -81,9 +57,7 @@ class Cluster:
     network: float = 8 * 48e9  # bytes/s between nodes: 46 to 48 GB/s of an adapter (nccl-tests#290)
     jitter: float = 0.01  # standard deviation of the ranks' compute times, as a part of these: assumed
     failures: float = 419 / 54 / 16_384  # of a GPU in a day: unexpected interruptions of Llama 3 (Dubey et al., 2024, 3.3.4)
-    restart: float = (
-        600.0  # seconds: 5 minutes until SLURM gives a node up, 2 in its queue (docs/slurm.md), 3 to start: assumed
-    )
+    restart: float = 600.0  # seconds, assumed: 5 minutes until SLURM gives a node up, 2 in its queue, 3 to start
     copying: float = 204e6 / 5.3e-3  # bytes/s of state, for which training waits at a save: measured (docs/surviving.md)
 
     def all_reduce(self, size: float, gpus: int) -> float:
