@@ -113,7 +113,7 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
     is not finite, on any rank, no rank's weights change.
     """
     seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
-    statistics = [buffer.clone() for buffer in state.network.buffers()] if config.nonfinite == "skip" else []
+    statistics = [(each, each.clone()) for each in state.network.buffers()] if config.nonfinite == "skip" else []
     told: list[Tensor] = []
     parts = batch.split(state.micro_batches)
     for i, (images, labels) in enumerate(parts, 1):
@@ -129,7 +129,7 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
 
     set_learning_rate(state.optimizer, rate)
     odd = update(state, config, accelerator)
-    for buffer, before in zip(state.network.buffers(), statistics, strict=False):
+    for buffer, before in statistics:
         buffer.copy_(torch.where(odd == 0, buffer, before))
     if state.average is not None:
         move_average(*state.averaged, config.optim.average_decay)
