@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees, for its next step: a CPU's step is then 3 to 12 % shorter.
+    """Have this process keep what it frees, for its next step: a CPU's step is then up to 7 % shorter.
 
     glibc hands large tensors back to the kernel, which has to give and to clear every page of them anew. Elsewhere this does
     nothing.
