@@ -20,7 +20,7 @@ kill-storm: .venv/ready-for-tests
 stops: .venv/ready-for-tests
 	DISTRIB_ALL_STOPS=1 $(BIN)/python -m pytest -s tests/test_survival.py -k asked_to_stop
 
-# side by side with what a user would pick instead, about half an hour
+# side by side with what a user would pick instead, about 40 minutes
 bench: .venv/ready-for-bench
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 

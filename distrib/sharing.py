@@ -61,18 +61,16 @@ def load_shared(config: DataConfig) -> Source:
     """
     source = ranks.first(lambda leads: load_source(config, download=True) if leads else None)
     outline = ranks.agreed(replace(source, train=NONE, val=NONE) if source and isinstance(source.train, Arrays) else None)
-    leads = ranks.from_environment("LOCAL_RANK", default=0) == 0
-    if source is None and (leads or outline is None):
-        source = load_source(config, download=False)
-    if outline is None:
-        assert source is not None
-        return source
+    if outline is None:  # a set of files, of which each rank has the list
+        return source or load_source(config, download=False)
 
     offer = None
-    if source and leads and ranks.from_environment("LOCAL_WORLD_SIZE", default=1) > 1:
-        with suppress(OSError, AttributeError):  # AttributeError: a system that has no such files
-            sets = [each for each in (source.train, source.val) if isinstance(each, Arrays)]
-            offer = offered([tensor for each in sets for tensor in (each.images, each.labels)])
+    if ranks.from_environment("LOCAL_RANK", default=0) == 0:
+        source = source or load_source(config, download=False)
+        if ranks.from_environment("LOCAL_WORLD_SIZE", default=1) > 1:
+            with suppress(OSError, AttributeError):  # AttributeError: a system that has no such files
+                sets = [each for each in (source.train, source.val) if isinstance(each, Arrays)]
+                offer = offered([tensor for each in sets for tensor in (each.images, each.labels)])
     for each in ranks.gathered(offer):
         with suppress(OSError, RuntimeError):
             if each and (source is None or each == offer):
