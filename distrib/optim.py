@@ -44,17 +44,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, vectors = ([p for p in parameters if (p.dim() > 1) == large] for large in (True, False))
-    inner = len(matrices) - (config.name == "muon" or config.head_lr != 1)  # each group takes 25 us of a step: no idle one
-    decays = {"weight_decay": config.weight_decay}
+    muon, decays = config.name == "muon", {"weight_decay": config.weight_decay}
+    # Each group takes about 25 us of a step: the last layer is one only if something about it differs.
+    last = -1 if muon or config.head_lr != 1 else len(matrices)
     groups = [
-        {"params": matrices[:inner], "scale": 1.0, **decays, **({"inertia": config.momentum} if config.name == "muon" else {})},
-        {"params": matrices[inner:], "scale": config.head_lr, **decays},
+        {"params": matrices[:last], "scale": 1.0, **decays, **({"inertia": config.momentum} if muon else {})},
+        {"params": matrices[last:], "scale": config.head_lr, **decays},
         {"params": vectors, "scale": config.bias_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
-    if config.name == "muon":
+    if muon:
         return Muon(groups, config.lr, config.momentum, fused=fused)
     return SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
 
