@@ -1,5 +1,6 @@
 """A run folder belongs to one config, and to one trainer at a time; status.json in it says how that one fares."""
 
+import errno
 import fcntl
 import json
 import os
@@ -33,7 +34,7 @@ def held(config: Config, *, longer: bool = False) -> Iterator[Callable[..., None
         try:
             yield partial(note, run_dir) if rank == 0 else lambda *state, **facts: None
         except (UserError, RunError) as error:
-            if rank == 0:
+            if rank == 0 or noted(run_dir).get("state") == "running":  # else rank 0 has met the same
                 note(run_dir, "failed", cause=one_line(error))
             raise
         except Exception as error:
@@ -68,7 +69,7 @@ def begun(config: Config, rank: int, *, longer: bool) -> Iterator[IO[str]]:
 def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) -> RunError:
     """What a rank has to say that lost others: it names those whose locks are free. The lowest one that is left notes it."""
     others = set(range(ranks.launched_world())) - {rank}
-    gone = sorted(other for other in others if taken(lock, other))
+    gone = sorted(other for other in others if free(lock, other))
     time.sleep(LINGER)
     speaker = min({rank, *others} - {*gone})
     names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
@@ -83,7 +84,7 @@ def occupied(run_dir: Path, rank: int) -> Iterator[IO[str]]:
     """Keep other trainers out until this process leaves the folder or dies: each rank locks a byte of the file `lock`."""
     with (run_dir / "lock").open("a+") as lock:
         give_up = time.monotonic() + PATIENCE
-        while not taken(lock, rank):
+        while not free(lock, rank, fcntl.LOCK_EX):
             if time.monotonic() > give_up:
                 lock.seek(0)
                 holder = lock.read().strip() or "another trainer"
@@ -97,13 +98,18 @@ def occupied(run_dir: Path, rank: int) -> Iterator[IO[str]]:
         yield lock
 
 
-def taken(lock: IO[str], rank: int) -> bool:
-    """Take the byte of a rank, which tells that this one is not there."""
+def free(lock: IO[str], rank: int, kind: int = fcntl.LOCK_SH) -> bool:
+    """Whether the byte of a rank is not locked, which tells that this rank is not there; then it is locked from here on.
+
+    Several may look, since a lock of LOCK_SH keeps out only the LOCK_EX of a rank that begins.
+    """
     try:
         # A record lock: the kernel drops it when this process ends, however it does, and no loader worker inherits it.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        fcntl.lockf(lock, kind | fcntl.LOCK_NB, 1, rank)
         return True
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise  # a file system that knows no locks
         return False
 
 

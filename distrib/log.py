@@ -1,6 +1,7 @@
 """What a run says: on the console, as lines or a progress bar, and to TensorBoard. Only rank 0 speaks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -32,8 +33,7 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        self._record(SummaryWriter.close)
 
     def opening(self, setup: str, source: Source, network: nn.Module, warnings: Sequence[str]) -> None:
         """What is about to be trained, on what; and what was wrong with what was found."""
@@ -52,8 +52,8 @@ class Log:
             + (f" ({idle} images sit out, others each time)" if idle else "")
             + (f"; goes on after step {self.first:,}" if self.first else "")
         )
-        if self.writer and not self.first:
-            self.writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```")
+        if not self.first:
+            self._record(lambda writer: writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```"))
 
     def tick(self, step: int) -> None:
         """A step is done: the bar moves."""
@@ -82,8 +82,7 @@ class Log:
 
     def text(self, step: int, name: str, text: str) -> None:
         """What is too long for the console."""
-        if self.writer:
-            self.writer.add_text(name, text, step)
+        self._record(lambda writer: writer.add_text(name, text, step))
 
     def closing(self, state: TrainState, stopped_by: str, steps_per_second: float) -> None:
         """The line that is left when all is done, or how to go on."""
@@ -99,17 +98,32 @@ class Log:
 
     def flush(self) -> None:
         """Bring all that was logged to the disk: before a checkpoint says that it is done."""
-        if self.writer:
-            self.writer.flush()
+        if not self.writer and not self.silent:
+            with suppress(OSError):
+                self.writer = SummaryWriter(self.config.run_dir)
+        self._record(SummaryWriter.flush)
 
     def _place(self, step: int) -> str:
         return f"epoch {step / self.steps.per_epoch:.2f}  step {step:,}/{self.total:,}"
 
     def _scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        if self.writer:
+        def write(writer: SummaryWriter) -> None:
             for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
+                writer.add_scalar(f"{group}/{name}", value, step)
+
+        self._record(write)
+
+    def _record(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Write for TensorBoard. A disk that is full, or fails, does not end the run: the next save tries a new file."""
+        if not self.writer:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            self.writer = None
+            self.warn(f"TensorBoard's file cannot be written: {error}; until the next save, reports go to the console only")
 
     def _say(self, text: str) -> None:
         if not self.silent and text:
-            tqdm.write(text)
+            with suppress(OSError):  # the console may be a file, on the same disk
+                tqdm.write(text)

@@ -1,5 +1,6 @@
 """Networks by name: ours, then torchvision's, brought to the channels, classes and size of the data."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,8 @@ from distrib.config import ModelConfig, UserError
 SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
 
 RIDGE = 5e-4  # keeps directions in which patches hardly vary from being blown up
+
+DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # densenets were published when names still had these dots
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -189,13 +192,16 @@ def with_group_norm(model: nn.Module) -> nn.Module:
             groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
             norm = nn.GroupNorm(groups, channels)
             norm.load_state_dict({"weight": module.weight, "bias": module.bias})
+            norm.weight.requires_grad_(module.weight.requires_grad)
             model.set_submodule(name, norm)
     return model
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
     """Load `config.weights` into `model`: all but the first layer if the channels differ, and the last if the classes do."""
-    weights, own = _read_weights(config), model.state_dict()
+    own = model.state_dict()
+    counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}  # torch 0.4 had none
+    weights = counters | _read_weights(config)
     layers = [name for name, each in model.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
     ends = [f"{layers[end]}.{part}" for end in (0, -1) for part in ("weight", "bias")]
     unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
@@ -203,6 +209,9 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
     if wrong:
         raise UserError(f"model.weights {config.weights} do not fit {config.name}: {len(wrong)} tensors, such as {wrong[0]}")
     model.load_state_dict({name: weights[name] for name in own if name not in unfit}, strict=False)
+    if hasattr(model, "transform_input") and not Path(config.weights).suffix:
+        # The published weights of googlenet and inception_v3 are for images that were normalised otherwise.
+        model.transform_input = own[f"{layers[0]}.weight"].shape[1] == 3
 
 
 def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
@@ -214,7 +223,8 @@ def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
             return tensors
         named: Any = models.get_model_weights(config.name)
-        return dict(named[config.weights].get_state_dict(progress=False, check_hash=True))
+        found = named[config.weights].get_state_dict(progress=False, check_hash=True)
+        return {re.sub(DENSE_LAYER, r"\1\2", name): each for name, each in found.items()}
     except KeyError:
         raise UserError(
             f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}"

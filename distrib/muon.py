@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-ROUNDS = 3  # of Newton and Schulz: singular values then lie between 0.3 and 1.2 or so, which is enough
+ROUNDS = 3  # of Newton and Schulz: singular values above a hundredth of the norm then lie between 0.3 and 1.2 or so, which is enough
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of their polynomial, chosen by Jordan for its slope at 0
 
 
@@ -37,7 +37,7 @@ class Muon(SGD):
             for weight in group["params"] if "inertia" in group else ():
                 if weight.grad is None:
                     continue
-                buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                buffer = self.state[weight]["momentum_buffer"]
                 moved = buffer * group["inertia"] + weight.grad
                 step = orthogonal((weight.grad + moved * group["inertia"]).flatten(1)).view_as(weight)
                 weight.grad.copy_(step)  # in place: DDP's gradients are parts of its buckets

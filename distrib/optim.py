@@ -3,8 +3,10 @@
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -55,9 +57,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
     groups = [group for group in groups if group["params"]]
     if config.name == "adamw":
         return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
-    if muon:
-        return Muon(groups, config.lr, config.momentum, fused=fused)
-    return SGD(groups, config.lr, config.momentum, nesterov=config.momentum > 0, fused=fused)
+    optimizer = Muon if muon else partial(SGD, nesterov=config.momentum > 0)
+    return with_momentum(optimizer(groups, config.lr, config.momentum, fused=fused))
+
+
+def with_momentum(optimizer: SGD) -> SGD:
+    """With momentum at 0. torch's fused SGD would not clear the memory for it if `found_inf` made it leave out its first step."""
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["momentum"] or "inertia" in group else ():
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def build_average(model: nn.Module, decay: float) -> nn.Module | None:

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
@@ -212,8 +213,9 @@ def leave(code: int) -> NoReturn:
     if code == 0 and torch.distributed.is_initialized():
         PartialState().wait_for_everyone()
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # it may be a file on a disk that is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code:
         os._exit(code)  # a group whose other ranks may be gone can neither be used nor taken down
     interrupt.end()

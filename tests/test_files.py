@@ -49,6 +49,15 @@ def test_every_kind_of_picture_becomes_a_square_of_three_channels(tmp_path: Path
     assert (images.shape, images.dtype) == ((1, 3, 32, 32), torch.uint8)
 
 
+def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
+    deep, plain = reader([str(tmp_path / "deep.png"), str(tmp_path / "plain.png")])[0, [0, 1]]
+    assert torch.equal(deep, plain)
+    assert 100 < deep.float().mean() < 155
+
+
 def damaged(tmp_path: Path) -> dict[str, str]:
     whole = Path(picture(tmp_path / "whole.jpg")).read_bytes()
     files = {
@@ -81,9 +90,11 @@ def test_a_random_crop_lies_within_the_picture(width: int, height: int, least: f
     left, top, right, bottom = random_box(width, height, least, drawn)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
-    if 3 / 4 <= width / height <= 4 / 3 and least + (1 - least) * drawn[0] <= 9 / 16:  # a picture that has room for it
-        across, down, area = right - left, bottom - top, width * height * (least + (1 - least) * drawn[0])
-        assert (across - 0.5) * (down - 0.5) <= area <= (across + 0.5) * (down + 0.5) or 1 in (across, down)  # whole pixels
+    across, down, area = right - left, bottom - top, width * height * (least + (1 - least) * drawn[0])
+    assert (across - 0.51) * (down - 0.51) <= area <= (across + 0.51) * (down + 0.51) or 1 in (across, down)  # whole pixels
+    if 3 / 4 <= width / height <= 4 / 3 and area <= 9 / 16 * width * height and min(across, down) > 1:  # it has room for it
+        assert 3 / 4 * (down - 0.51) <= across + 0.51
+        assert 3 / 4 * (across - 0.51) <= down + 0.51
 
 
 @given(width=st.integers(1, 900), height=st.integers(1, 900), drawn=four)

@@ -1,5 +1,6 @@
 """The run folder: one config, one trainer."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -86,6 +87,54 @@ def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
     holder.wait()
     with occupied(tmp_path, 0):
         assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+
+
+SURVIVE = """
+import sys
+from pathlib import Path
+from distrib.folder import occupied, without_others
+run_dir, rank = Path({!r}), int(sys.argv[1])
+with occupied(run_dir, rank) as lock:
+    print("held", flush=True)
+    sys.stdin.readline()
+    error = without_others(run_dir, lock, rank, RuntimeError("Connection closed by peer"))
+    print(error.speaker, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("dead", "speaker"), [(0, 1), (1, 0)])
+def test_all_ranks_that_are_left_see_which_one_is_gone_and_one_of_them_speaks(tmp_path: Path, dead: int, speaker: int) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SURVIVE.format(str(tmp_path)), str(rank)],
+            cwd=ROOT,
+            env=os.environ | {"WORLD_SIZE": "3"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    assert [each.stdout.readline() for each in ranks if each.stdout] == 3 * ["held\n"]
+    ranks[dead].kill()
+    ranks[dead].communicate()
+    left = [each for each in reversed(ranks) if each is not ranks[dead]]
+    for each in left:
+        assert each.stdin is not None
+        print(file=each.stdin, flush=True)
+    told = [each.communicate()[0] for each in left]
+    assert all(each.startswith(f"{speaker} rank {dead} is gone, so that the others leave too") for each in told), told
+    assert noted(tmp_path).items() >= {"state": "failed", "cause": f"rank {dead} is gone", "rank": dead}.items()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=r"cannot be written: No locks available; give another run_dir"):
+        begin(Config(run_dir=str(tmp_path)))
 
 
 def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, launch, points, weights
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from distrib import checkpoint
@@ -106,6 +107,26 @@ def test_a_run_goes_on_when_a_save_fails_and_tries_again(
     )
     assert warning in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000040", "step_00000046"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
+def test_a_run_goes_on_when_tensorboards_file_cannot_be_written_and_tries_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, written = RecordWriter.write, []
+
+    def writing(self: RecordWriter, data: bytes) -> None:
+        written.append(data)
+        if len(written) in (11, 12):  # of a report, and of the next save's new file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", writing)
+    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=10", "log_every=2"]) == 0
+    assert capsys.readouterr().out.count("warning: TensorBoard's file cannot be written: [Errno 28] No space left") == 1
+    steps = [step for step, _ in points(tmp_path)["train/loss"]]
+    assert steps[0] == 2
+    assert steps[-8:] == list(range(32, 47, 2))
 
 
 def test_a_run_that_cannot_save_its_end_does_not_exit_with_0(

@@ -51,6 +51,12 @@ def plain_state(model: nn.Module, accelerator: Accelerator, config: OptimConfig)
     return TrainState(prepared, model, optimizer, None, zeros(accelerator.device))
 
 
+def changed(state: TrainState, before: dict[str, torch.Tensor]) -> list[str]:
+    """The tensors that are not as before, or were not there and are not 0."""
+    tensors = state.tensors().items()
+    return [name for name, each in tensors if not torch.equal(each, before.get(name, torch.zeros_like(each)))]
+
+
 ALL = [
     "model.dropout=0.3",
     "data.flip=alternating",
@@ -183,16 +189,19 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "ad
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
     state = plain_state(model, accelerator, config.optim)
     good = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
+    before = {name: each.clone() for name, each in state.tensors().items()}
+    train_step(state, Batch(good.images * bad, good.labels), 0.1, config, accelerator)
+    assert changed(state, before) == []
     train_step(state, good, 0.1, config, accelerator)
     before = {name: each.clone() for name, each in state.tensors().items()}
     train_step(state, Batch(good.images * bad, good.labels), 0.1, config, accelerator)
-    assert state.step == 2
-    assert [name for name, each in state.tensors().items() if not torch.equal(each, before[name])] == []
+    assert state.step == 3
+    assert changed(state, before) == []
     train_step(state, good, 0.1, config, accelerator)
     after = state.tensors()
     assert not torch.equal(after["model.0.weight"], before["model.0.weight"])
     assert all(each.isfinite().all() for each in after.values())
-    assert [step.scalars[0].item() for step in state.told] == [0, 1, 0]
+    assert [step.scalars[0].item() for step in state.told] == [1, 0, 1, 0]
 
 
 def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Networks: their shapes, their norms, their weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
+from torchvision.models import WeightsEnum
 
 from distrib.config import ModelConfig, UserError
 from distrib.models import CNN, build_model, fit_whitening
@@ -117,6 +119,28 @@ def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path
     assert torch.equal(same.fc.weight, trained.fc.weight)
     grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7)
     assert torch.equal(grey.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("densenet121", 64), ("googlenet", 64)])
+def test_weights_are_loaded_as_torchvision_published_them_years_ago(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
+    trained = models.get_model(name, weights=None, **options).eval()
+    published = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): each
+        for key, each in trained.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **options: published)
+    model = build_model(ModelConfig(name=name, weights="DEFAULT"), (3, size, size), classes=1000).eval()
+    if name == "resnet18":
+        model.conv1, model.maxpool = trained.conv1, trained.maxpool  # that of small images is another
+    if name == "googlenet":
+        trained.transform_input = True
+    assert getattr(model, "transform_input", False) == (name == "googlenet")
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(model(images), trained(images), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ def decoded(image: Image.Image, box: Box, size: int) -> Tensor:
     image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
     across, down = image.width / width, image.height / height
     part = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+    if part.mode.startswith("I"):  # 16 bits of grey, of which Pillow's conversion would keep what is below 256
+        return torch.from_numpy((np.array(part) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
     return torch.from_numpy(np.array(part if part.mode == "RGB" else part.convert("RGB")))
 
 
@@ -91,9 +93,13 @@ def middle(width: int, height: int) -> Box:
 
 
 def random_box(width: int, height: int, least_area: float, drawn: Sequence[float]) -> Box:
-    """Inception's crop (Szegedy et al., 2015): an area, a ratio of 3:4 to 4:3 and a place, from four numbers in [0, 1)."""
+    """Inception's crop (Szegedy et al., 2015): an area, a ratio of 3:4 to 4:3 and a place, from four numbers in [0, 1).
+
+    Where the picture has no room for a crop of this area and ratio, the area stays and the ratio gives way.
+    """
     area = width * height * (least_area + (1 - least_area) * drawn[0])
     ratio = math.exp(math.log(4 / 3) * (2 * drawn[1] - 1))
-    across, down = (max(1, round(side)) for side in (min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height)))
+    ratio = min(max(ratio, area / height**2), width**2 / area)
+    across, down = (max(1, round(side)) for side in (math.sqrt(area * ratio), math.sqrt(area / ratio)))
     left, top = int((width - across + 1) * drawn[2]), int((height - down + 1) * drawn[3])
     return left, top, left + across, top + down
