@@ -64,7 +64,12 @@ def lies_within(value: float, interval: str) -> bool:
 class DataConfig(Checked):
     name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
     root: str = key("data", "where data sets are or are downloaded to; for folder, what holds train/ and val/", free=True)
-    workers: int = key(2, "processes per rank that read image files; sets in memory need none", "[0, inf)", free=True)
+    workers: int = key(
+        2,
+        "processes per rank that read image files, as many for each of train and val; sets in memory need none",
+        "[0, inf)",
+        free=True,
+    )
     resident: Literal["auto", "device", "host"] = key(
         "auto", "where sets in memory are kept; auto: the device, if that takes a quarter of its free memory at most", free=True
     )
@@ -74,7 +79,7 @@ class DataConfig(Checked):
     flip: Literal["none", "random", "alternating"] = key(
         "none", "mirror half of the training images: random ones, or in turn, so that two epochs show both sides of each"
     )
-    erase: int = key(0, "pixels: side of a square that is blanked in each training image (Cutout)", "[0, inf)")
+    erase: int = key(0, "pixels: side of a square that gets the mean color in each training image (Cutout)", "[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class LimitsConfig(Checked):
 @dataclass(frozen=True)
 class Config(Checked):
     run_dir: str = key("", "folder of this run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True)
-    seed: int = key(0, "of the initial weights, the order of the images and the noise in them", "[0, inf)")
+    seed: int = key(0, "of the initial weights, the order of the images and the noise in them", "[0, 1e18]")
     epochs: float = key(20.0, "times that the training set is gone through", "(0, inf)")
     batch_size: int = key(128, "images per optimizer step, over all ranks together", "[1, inf)")
     micro_batches: int | str = key(

@@ -45,7 +45,8 @@ def look_back(state: TrainState, config: Config, steps: Steps, log: Log) -> None
         if not odd_gradient:
             state.nonfinite_in_a_row = 0
             for loss, hits, n in zip(parts[::2], parts[1::2], images_of, strict=True):
-                sums = [sums[0] + loss * n, sums[1] + hits, sums[2], sums[3] + n]
+                if math.isfinite(loss):  # in fp16 it may overflow too
+                    sums = [sums[0] + loss * n, sums[1] + hits, sums[2], sums[3] + n]
             continue
         state.nonfinite_in_a_row += 1
         state.skipped_steps += 1

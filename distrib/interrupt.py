@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SAME_PRESS = 0.5  # seconds in which a second SIGINT comes from the same Ctrl-C: a launcher may pass on what a rank got too
 ORPHANED = 60.0  # seconds in which a run whose launcher died has to be gone
 PR_SET_PDEATHSIG = 1
@@ -26,7 +26,8 @@ _noted: tuple[int, float] = 0, 0.0  # the last signal, and when it came
 def listen() -> None:
     """From now on a signal asks the run to stop, and a second Ctrl-C ends this process at once."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # a lost terminal stops no run under nohup
+            signal.signal(number, _note)
     if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & os.environ.keys():
         stop_with_launcher()
 
@@ -75,7 +76,7 @@ def guard_worker(worker: int, report: Path) -> None:
     With a dead worker its rank could not go on to the step on which all of them stop. On SHOW_STACKS from its parent it
     adds the stacks of its threads to `report`.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, SHOW_STACKS})
     parent = os.getppid()

@@ -75,8 +75,8 @@ def save(state: TrainState, run: Run) -> int:
 
     Raises RunError if a step was not finite or the ranks' weights differ: that is not worth saving.
     """
+    look_back(state, run.config, run.loader.steps, run.log)  # waits for the steps that a GPU has yet to do, in their own time
     with run.watch.during("save"):
-        look_back(state, run.config, run.loader.steps, run.log)
         check_replicas(state, run.accelerator)
         failure = ranks.agreed(run.saver.wait())
         if failure:
@@ -107,13 +107,14 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def train_step(state: TrainState, batch: Batch, rate: float, config: Config, accelerator: Accelerator) -> None:
-    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts. Nothing here waits for the device.
+    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts. But in fp16, nothing waits for the device.
 
     Each part's loss has the weight of its images, so parts may be uneven: the gradient is that of the whole batch. If that
     is not finite, on any rank, no rank's weights change.
     """
     seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
-    statistics = [(each, each.clone()) for each in state.network.buffers()] if config.nonfinite == "skip" else []
+    reversible = config.nonfinite == "skip" or state.scaler
+    statistics = [(each, each.clone()) for each in state.network.buffers()] if reversible else []
     told: list[Tensor] = []
     parts = batch.split(state.micro_batches)
     for i, (images, labels) in enumerate(parts, 1):
@@ -128,19 +129,20 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
         told += plain.detach(), hits(logits, labels)
 
     set_learning_rate(state.optimizer, rate)
-    odd = update(state, config, accelerator)
+    withheld, odd = update(state, config, accelerator)
     for buffer, before in statistics:
-        buffer.copy_(torch.where(odd == 0, buffer, before))
+        buffer.copy_(torch.where(withheld == 0, buffer, before))
     if state.average is not None:
         move_average(*state.averaged, config.optim.average_decay)
     state.told.append(Told([odd, *told], [len(labels) for _, labels in parts]))
     state.step += 1
 
 
-def update(state: TrainState, config: Config, accelerator: Accelerator) -> Tensor:
-    """Step the optimizer, which changes nothing if the gradient is not finite; returns 1.0 for that, else 0.0.
+def update(state: TrainState, config: Config, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Step the optimizer, unless the gradient is not finite; returns whether nothing was changed, and whether that is odd.
 
-    fp16's scaler looks for itself, and gradients that overflow are its daily work: they count only where it can go no lower.
+    Each is 1.0 or 0.0. fp16's scaler looks for itself, for which the host waits, and gradients that overflow are its daily
+    work: they are odd only where it can go no lower.
     """
     optimizer: Any = state.optimizer
     if not state.scaler:
@@ -151,12 +153,12 @@ def update(state: TrainState, config: Config, accelerator: Accelerator) -> Tenso
     optimizer.step()
     optimizer.zero_grad()
     if not state.scaler:
-        found: Tensor = optimizer.found_inf
-        return found
+        return optimizer.found_inf, optimizer.found_inf
     overflow = accelerator.optimizer_step_was_skipped
     daily = overflow and state.scaler.get_scale() >= 1
     state.skipped_steps += daily
-    return torch.tensor(float(overflow and not daily), device=accelerator.device)
+    withheld, odd = torch.tensor([overflow, overflow and not daily], dtype=torch.float32, device=accelerator.device)
+    return withheld, odd
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -171,6 +173,7 @@ def validate(state: TrainState, run: Run) -> None:
     models: dict[str, nn.Module] = {"val": state.network}
     if state.average is not None:
         models["val_average"] = state.average
+    look_back(state, run.config, run.loader.steps, run.log)
     part = -(-run.loader.steps.share // state.micro_batches)  # images that are known to fit in memory at once
     with run.watch.during("evaluation"):
         for group, model in models.items():

@@ -36,23 +36,33 @@ def parts_that_fit(
     """The parts that a share of so many images is cut into, as asked or as few as fit; and a line for the user if it is cut.
 
     Each rank rehearses one part of a step, in which nothing is exchanged, so that none waits for one that failed. Every rank
-    must call this. Raises UserError if there are more parts asked for than images, RunError if not even one image fits.
+    must call this. Raises UserError if it cannot be cut as asked, RunError if not even one image fits.
     """
-    if isinstance(config.micro_batches, int):
-        if config.micro_batches > share:
-            few = f"micro_batches {config.micro_batches} is more than the {share} images of a rank's share of a batch"
-            raise UserError(f"{few}: use {share} or fewer")
-        return config.micro_batches, []
-    parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
+    asked = config.micro_batches
+    if isinstance(asked, int) and asked > share:
+        few = f"micro_batches {asked} is more than the {share} images of a rank's share of a batch"
+        raise UserError(f"{few}: use {share} or fewer")
+    parts, why = asked, "as asked"
+    if not isinstance(parts, int):
+        parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
     while True:
+        refuse_graphs_of_parts(config.compile, parts, accelerator.device)
         lacks = ranks.gathered(not fits(state, (-(-share // parts), *image), accelerator))
         if not any(lacks):
             told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
-            return parts, [told] if parts > 1 else []
+            return parts, [told] if parts > 1 and asked == AUTO else []
         rank = lacks.index(True)
+        if asked != AUTO:
+            raise UserError(f"rank {rank} has no memory for micro_batches={parts}: use {min(2 * parts, share)}, or auto")
         if parts == share:
             raise RunError(f"rank {rank} has not enough memory for a step with a single image")
         parts, why = min(2 * parts, share), f"rank {rank} has no memory for {-(-share // parts)} at once"
+
+
+def refuse_graphs_of_parts(compiled: str, parts: int, device: torch.device) -> None:
+    """Raise UserError if a CUDA graph would write a part's gradients over those of the part before."""
+    if parts > 1 and compiled in ("reduce-overhead", "max-autotune") and device.type == "cuda":
+        raise UserError(f"compile={compiled} does not go with micro_batches={parts}: use compile=default")
 
 
 def fits(state: TrainState, shape: tuple[int, int, int, int], accelerator: Accelerator) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-ROUNDS = 3  # of Newton and Schulz: singular values above a hundredth of the norm then lie between 0.3 and 1.2 or so, which is enough
+# Rounds of Newton and Schulz. Singular values above a hundredth of the norm then lie between 0.3 and 1.2 or so: enough.
+ROUNDS = 3
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of their polynomial, chosen by Jordan for its slope at 0
 
 

@@ -3,7 +3,11 @@
 # One rank per GPU; without a GPU, two ranks on the CPU. RANKS=N asks for another number.
 set -euo pipefail
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+else
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 
 # --multi_gpu is what makes accelerate start several processes, on a CPU too; it does not take it for one.

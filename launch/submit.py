@@ -30,13 +30,20 @@ class Nodes(NamedTuple):
     gpus: int
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     usage = "python launch/submit.py [options] [options of sbatch] -- [CONFIG.yaml] [key=value ...]"
     parser = argparse.ArgumentParser("submit.py", usage, allow_abbrev=False)
-    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="a rank for each; 0: train on CPUs")
-    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="without GPUs: ranks of a node")
-    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="default: a rank's part of its node")
+    parser.add_argument("--ranks-per-node", type=positive, default=1, metavar="N", help="without GPUs: ranks of a node")
+    parser.add_argument("--cpus-per-task", type=positive, metavar="N", help="default: a rank's part of its node")
     parser.add_argument("--time", metavar="T", help="time limit, after which the job goes back into the queue, and goes on")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")

@@ -9,6 +9,7 @@ from distrib.data.augment import Augment, Normalize, erased, moved, views
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+MEAN = torch.tensor([0.2, 0.4, 0.0])
 ALL = DataConfig(shift=2, flip="random", erase=3)
 
 
@@ -25,30 +26,30 @@ def test_moving_and_mirroring_is_what_it_says_pixel_by_pixel() -> None:
         assert torch.equal(out, expected)
 
 
-def test_an_erased_square_is_black_and_the_rest_is_untouched() -> None:
+def test_an_erased_square_has_the_mean_and_the_rest_is_untouched() -> None:
     row, column = torch.rand(2, 200, generator=torch.Generator().manual_seed(1)).unbind()
-    got = erased(IMAGES, row, column, side=3)
+    got = erased(IMAGES, row, column, side=3, mean=MEAN)
     for image, out, y, x in zip(IMAGES, got, (row * 9).long() - 1, (column * 7).long() - 1, strict=True):
         expected = image.clone()
-        expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = 0
+        expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = torch.tensor([51, 102, 0])[:, None, None]
         assert torch.equal(out, expected)
 
 
 def test_every_shift_occurs_and_half_of_the_images_are_mirrored() -> None:
     dot = torch.zeros(9000, 1, 5, 5, dtype=torch.uint8)
     dot[:, :, 2, 2] = 1
-    out = Augment(DataConfig(shift=1), seed=0)(dot, Share(0, torch.arange(9000)))
+    out = Augment(DataConfig(shift=1), seed=0, mean=MEAN)(dot, Share(0, torch.arange(9000)))
     counts = out.sum(0).view(25)
     assert counts.view(5, 5)[1:4, 1:4].min() > 900  # of 1000 each
     assert counts.sum() == 9000
     left = torch.zeros(9000, 1, 1, 2, dtype=torch.uint8)
     left[..., 0] = 1
-    mirrored = Augment(DataConfig(shift=0, flip="random"), seed=0)(left, Share(0, torch.arange(9000)))[..., 1].sum()
+    mirrored = Augment(DataConfig(shift=0, flip="random"), seed=0, mean=MEAN)(left, Share(0, torch.arange(9000)))[..., 1].sum()
     assert 4300 < mirrored < 4700
 
 
 def test_noise_follows_the_image_whatever_batch_it_is_in() -> None:
-    augment = Augment(ALL, seed=5)
+    augment = Augment(ALL, seed=5, mean=MEAN)
     whole = augment(IMAGES, Share(3, torch.arange(200)))
     places = torch.randperm(200)[:50]
     assert torch.equal(augment(IMAGES[places], Share(3, places)), whole[places])
@@ -56,7 +57,7 @@ def test_noise_follows_the_image_whatever_batch_it_is_in() -> None:
 
 def test_each_epoch_and_seed_has_its_own_noise() -> None:
     def batch(seed: int, epoch: int) -> Tensor:
-        return Augment(ALL, seed)(IMAGES, Share(epoch, torch.arange(200)))
+        return Augment(ALL, seed, mean=MEAN)(IMAGES, Share(epoch, torch.arange(200)))
 
     assert not torch.equal(batch(0, 0), batch(0, 1))
     assert not torch.equal(batch(0, 0), batch(1, 0))
@@ -64,7 +65,7 @@ def test_each_epoch_and_seed_has_its_own_noise() -> None:
 
 
 def test_in_two_epochs_each_image_shows_both_sides() -> None:
-    augment = Augment(DataConfig(shift=0, flip="alternating"), seed=0)
+    augment = Augment(DataConfig(shift=0, flip="alternating"), seed=0, mean=MEAN)
     epochs = [augment(IMAGES, Share(epoch, torch.arange(200))) for epoch in range(4)]
     mirrored = [(each == IMAGES.flip(3)).flatten(1).all(1) for each in epochs]
     assert 70 < mirrored[0].sum() < 130
@@ -74,7 +75,7 @@ def test_in_two_epochs_each_image_shows_both_sides() -> None:
 
 
 def test_without_noise_nothing_changes() -> None:
-    assert Augment(DataConfig(shift=0), seed=0)(IMAGES, Share(0, torch.arange(200))) is IMAGES
+    assert Augment(DataConfig(shift=0), seed=0, mean=MEAN)(IMAGES, Share(0, torch.arange(200))) is IMAGES
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])

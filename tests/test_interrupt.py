@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT
 
+from distrib.interrupt import SIGNALS
+
 LISTEN = """
 import time
 from distrib import interrupt
@@ -31,7 +33,7 @@ def listener() -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_the_process_lives(listener: "subprocess.Popen[str]", number: int) -> None:
     listener.send_signal(number)
     assert listener.stdout is not None
@@ -39,6 +41,17 @@ def test_a_signal_is_noted_and_the_process_lives(listener: "subprocess.Popen[str
     listener.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     assert listener.poll() is None
+
+
+def test_a_lost_terminal_stops_no_run_under_nohup() -> None:
+    with subprocess.Popen(["nohup", sys.executable, "-c", LISTEN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == f"{int(signal.SIGUSR1)}\n"
+        process.kill()
 
 
 def test_a_second_ctrl_c_leaves_at_once(listener: "subprocess.Popen[str]") -> None:
@@ -72,7 +85,7 @@ ranks.leave(0)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_comes_as_a_finished_run_ends_does_not_make_it_fail(number: int) -> None:
     with subprocess.Popen([sys.executable, "-c", ENDING], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

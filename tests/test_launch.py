@@ -198,6 +198,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     return runs
 
 
+@pytest.mark.parametrize(("visible", "ranks"), [(None, 4), ("0,2", 2), ("1", 1), ("", 2)])
+def test_local_sh_starts_a_rank_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | None, ranks: int) -> None:
+    for name, line in (("nvidia-smi", "printf 'GPU %d: H100\\n' 0 1 2 3"), ("accelerate", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    said = subprocess.run([ROOT / "launch/local.sh"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"--num_processes {ranks} " in said
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[Path, str]], launcher: str) -> None:
     run_dir, out = launched[launcher]

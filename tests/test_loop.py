@@ -1,5 +1,6 @@
 """The loop, in one process: steps, evaluation, going on after an interruption."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from conftest import SMALL, points, weights
 from torch import Tensor, nn
 
 import train
-from distrib import loop
+from distrib import loop, memory
 from distrib.config import Config, OptimConfig, UserError, load_config
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
@@ -153,7 +154,7 @@ def test_a_long_gradient_is_cut() -> None:
 
 
 def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 5))
     accelerator = Accelerator(cpu=True)
     config = Config(optim=OptimConfig(momentum=0))
     state = plain_state(model, accelerator, config.optim)
@@ -164,14 +165,14 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
     state.optimizer = AcceleratedOptimizer(plain, scaler=scaler)
     accelerator._optimizers = [state.optimizer]
 
-    before = model[1].weight.detach().clone()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
     good = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
     train_step(state, Batch(good.images * float("inf"), good.labels), 0.1, config, accelerator)
     assert (state.skipped_steps, state.step, scaler.get_scale()) == (1, 1, 2.0)
-    assert torch.equal(model[1].weight, before)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     train_step(state, good, 0.1, config, accelerator)
     assert (state.skipped_steps, state.step) == (1, 2)
-    assert not torch.equal(model[1].weight, before)
+    assert not torch.equal(model[2].weight, before["2.weight"])
     with Log(replace(config, run_dir=str(tmp_path)), 0, 2, Steps(100, 7, 0), silent=False) as log:
         loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
         unused: Any = None
@@ -179,6 +180,8 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
         watch.stepped()
         report(state, 0.1, loop.Run(config, accelerator, loader, unused, log, unused, watch))
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
+    ((_, loss),) = points(tmp_path)["train/loss"]
+    assert math.isfinite(loss)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -207,13 +210,23 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "ad
 def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Expected more than 1 value per channel .*: give a larger batch_size, or model.norm"):
         run(tmp_path, "batch_size=1")
+    with pytest.raises(UserError, match=r"Expected more than 1 value per channel .*: give a larger batch_size, or model.norm"):
+        run(tmp_path, "batch_size=4", "micro_batches=4")
 
 
-def test_the_rehearsal_of_a_step_leaves_no_trace(tmp_path: Path) -> None:
-    rehearsed, plain = run(tmp_path / "auto", "micro_batches=auto"), run(tmp_path / "asked", "micro_batches=1")
+def test_the_rehearsal_of_a_step_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed = run(tmp_path / "rehearsed")
+    monkeypatch.setattr(memory, "fits", lambda *args: True)
+    plain = run(tmp_path / "plain")
     assert (rehearsed.micro_batches, plain.micro_batches) == (1, 1)
     expected = plain.tensors()
     assert [name for name, each in rehearsed.tensors().items() if not torch.equal(each, expected[name])] == []
+
+
+def test_parts_that_were_asked_for_and_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "fits", lambda *args: False)
+    with pytest.raises(UserError, match=r"^rank 0 has no memory for micro_batches=2: use 4, or auto$"):
+        run(tmp_path, "micro_batches=2")
 
 
 class Memorizer(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distrib import memory
+from distrib.config import UserError
 
 
 def pages_asked_for(size: int) -> int:
@@ -22,6 +23,15 @@ def test_what_a_step_frees_is_there_for_the_next_one() -> None:
     # Until the heap has settled, small blocks that others keep may take the place of a large one that was freed.
     settled = min(pages_asked_for(size) for _ in range(10))
     assert settled < size // resource.getpagesize() // 10
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_of_parts_of_a_step_are_refused(mode: str) -> None:
+    with pytest.raises(UserError, match=rf"compile={mode} does not go with micro_batches=2: use compile=default"):
+        memory.refuse_graphs_of_parts(mode, 2, torch.device("cuda"))
+    memory.refuse_graphs_of_parts(mode, 1, torch.device("cuda"))
+    memory.refuse_graphs_of_parts("default", 2, torch.device("cuda"))
+    memory.refuse_graphs_of_parts(mode, 2, torch.device("cpu"))
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

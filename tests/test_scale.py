@@ -127,6 +127,11 @@ def test_torchvisions_other_networks_are_gone_through_too(name: str) -> None:
     assert 0.32 < network.forward < 0.36
 
 
+def test_gradients_that_a_hook_rounds_are_half_as_large() -> None:
+    whole, rounded = (network_of(replace(RESNET50, comm_hook=hook), CLUSTER).buckets for hook in ("no", "bf16"))
+    assert [2 * bucket.size for bucket in rounded] == [bucket.size for bucket in whole]
+
+
 def test_every_data_set_is_known_without_being_loaded() -> None:
     assert {*SETS, "folder"} == SOURCES.keys() - {"uneven"}  # which other tests add
     digits = load_source(DataConfig(), download=False)

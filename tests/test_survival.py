@@ -18,11 +18,12 @@ from conftest import ROOT, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
+from distrib.interrupt import SIGNALS
 
 KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
 KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
 FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=6"]
-KILLS = int(os.environ.get("DISTRIB_KILLS", "15"))
+KILLS = int(os.environ.get("DISTRIB_KILLS", "8"))
 
 
 class Run:
@@ -97,7 +98,6 @@ def status(run_dir: Path) -> dict[str, object]:
     return found
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LAUNCHED = ("python", "accelerate", "accelerate 2", "torchrun", "torchrun 2")
 # accelerate's launcher and torchrun's die of USR2, and torchrun's of USR1: what is left of the run then stops by itself.
 MATRIX = [
@@ -114,6 +114,7 @@ STOPS = [
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
     ("accelerate 2", "launcher", signal.SIGUSR1, 0),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
+    ("torchrun 2", "launcher", signal.SIGHUP, 0),
     ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
     ("torchrun 2", "launcher", signal.SIGINT, 2),
 ]

@@ -13,10 +13,14 @@ from distrib.data.steps import AUGMENT, TURN, Share, fold, noise
 
 @dataclass(frozen=True)
 class Augment:
-    """Moves, mirrors and blanks training images, (n, channels, height, width) uint8, as `config` says."""
+    """Moves, mirrors and blanks training images, (n, channels, height, width) uint8, as `config` says.
+
+    `mean`, (channels,), is that of pixels in [0, 1]: what is blanked gets it.
+    """
 
     config: DataConfig
     seed: int
+    mean: Tensor
 
     def __call__(self, images: Tensor, share: Share) -> Tensor:
         shift, flip, erase = self.config.shift, self.config.flip, self.config.erase
@@ -29,7 +33,7 @@ class Augment:
             images = moved(images, down, right, mirror, shift)
         elif mirror is not None:
             images = mirrored(images, mirror)
-        return erased(images, row, column, erase) if erase else images
+        return erased(images, row, column, erase, self.mean) if erase else images
 
     def turned(self, ids: Tensor, epoch: int) -> Tensor:
         """Whether an image is mirrored, (n,): half of them are in the first epoch, and each is in every other one.
@@ -61,14 +65,17 @@ def mirrored(images: Tensor, mirror: Tensor) -> Tensor:
     return images.flip(3) * sides + images * ~sides
 
 
-def erased(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
-    """Each image with a black square of `side` pixels around (row, column), each (n,) in [0, 1): DeVries and Taylor, 2017."""
+def erased(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor) -> Tensor:
+    """Each image with a square of `side` pixels of the `mean` around (row, column), each (n,) in [0, 1).
+
+    DeVries and Taylor, "Improved regularization of convolutional neural networks with Cutout", 2017.
+    """
     height, width = images.shape[2:]
     top, left = (row * height).long() - side // 2, (column * width).long() - side // 2
     rows = torch.arange(height, device=images.device) - top[:, None]
     columns = torch.arange(width, device=images.device) - left[:, None]
     square = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-    return images.masked_fill(square[:, None], 0)
+    return torch.where(square[:, None], (255 * mean).round().to(images.dtype)[:, None, None], images)
 
 
 def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:

@@ -1,8 +1,10 @@
 """Image files of any size, decoded and brought to one size by loader workers; the crop of an image is keyed by the image."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +23,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 @dataclass(frozen=True)
 class Files:
-    """Image files and their labels, (n,) int64, to be read as squares of `size` pixels."""
+    """Image files, named in an array of bytes, and their labels, (n,) int64, to be read as squares of `size` pixels."""
 
-    paths: Sequence[str]
+    paths: np.ndarray[Any, Any]
     labels: Tensor
     size: int
 
@@ -50,7 +52,7 @@ class Reader:
         images = torch.empty(len(indices), self.files.size, self.files.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         try:
             for place, (index, drawn) in enumerate(zip(indices, draws, strict=True)):
-                images[place] = self._read(self.files.paths[index], drawn)
+                images[place] = self._read(os.fsdecode(self.files.paths[index]), drawn)
         except UserError as error:
             return error
         return images

@@ -1,5 +1,6 @@
 """Batches on the device: the images of each step, whether their set is in memory or workers read it from files."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice, tee
@@ -18,6 +19,8 @@ from distrib.data.steps import Share, Steps, contiguous, part
 from distrib.interrupt import guard_worker, stack_report
 
 AUTO_PART = 0.25  # of a device's free memory: what a set may take there if it is not told where to be
+# How workers are started. The server that Python 3.14 has for that on Linux would die of a launcher's signal, and they with it.
+START = "fork" if sys.platform == "linux" else None
 AHEAD = 4  # shares that workers have read, or are reading, beyond the one that is computed
 
 Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels
@@ -75,7 +78,7 @@ class Streamed:
 
     def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
         self.labels, self.device, self.workers, self.wanted = reader.files.labels, device, workers, Wanted()
-        kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD} if workers else {}
+        kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD, "multiprocessing_context": START} if workers else {}
         data: Any = reader  # has __getitem__, which is all that is asked of a data set whose sampler yields pieces
         guard = partial(guard_worker, report=report)
         self.loader = DataLoader(data, sampler=self.wanted, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
@@ -143,8 +146,8 @@ class Loader:
 
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
-        self.augment = Augment(config.data, config.seed)
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
+        self.augment = Augment(config.data, config.seed, mean)
         self.normalize = Normalize(mean, std, width=source.shape[2])
         # An epoch's order reaches all images of the training set; an evaluation, this rank's part only.
         whole, mine = range(len(source.train)), part(len(source.val), steps.rank, steps.world)

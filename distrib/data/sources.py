@@ -1,8 +1,9 @@
 """Data sets by name. Each is a `Source`: images for training, images for validation, and what belongs to both."""
 
 import gzip
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -76,10 +77,10 @@ def found_or_fetched(kind: Any, config: DataConfig, train: bool, download: bool)
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         return kind(config.root, train=train, download=download)
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{config.name} is not under {Path(config.root).absolute()}, and could not be downloaded: {why}. "
+            f"{config.name} is not, or not whole, under {Path(config.root).absolute()}, and could not be downloaded: {why}. "
             f"Give data.root=FOLDER, a folder that has it as torchvision's {kind.__name__} leaves it"
             + (f", or apt-get install dataset-fashion-mnist ({DEBIAN_FASHION_MNIST})" if kind is datasets.FashionMNIST else "")
         ) from None
@@ -120,16 +121,21 @@ def folder(config: DataConfig, download: bool) -> Source:
     for part in ("train", "val"):
         try:
             parts[part] = datasets.ImageFolder(Path(config.root, part))
-        except FileNotFoundError as error:
+        except OSError as error:
             why = str(error).splitlines()[0]
             raise UserError(f"data.root is {config.root!r}, which lacks {part}/CLASS/image files: {why}") from None
     train, val = parts["train"], parts["val"]
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} is in one of them only")
-    sets = [Files([path for path, _ in each.samples], torch.tensor(each.targets), config.size) for each in (train, val)]
+    sets = [Files(names(each.samples), torch.tensor(each.targets), config.size) for each in (train, val)]
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Source(sets[0], sets[1], tuple(train.classes), (3, config.size, config.size), mean, std)
+
+
+def names(samples: Sequence[tuple[str, int]]) -> np.ndarray[Any, Any]:
+    """The paths of files as an array: a list's millions of strings would be copied into each worker that looks at them."""
+    return np.array([os.fsencode(path) for path, _ in samples])
 
 
 SOURCES: dict[str, Callable[[DataConfig, bool], Source]] = {

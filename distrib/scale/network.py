@@ -45,7 +45,7 @@ def data_of(config: DataConfig) -> Data:
 class Bucket(NamedTuple):
     """Gradients that are exchanged together, once a part `ready` of the backward pass is over."""
 
-    size: int  # bytes
+    size: int  # bytes that travel
     ready: float
 
 
@@ -117,12 +117,19 @@ def network_of(config: Config, cluster: Cluster) -> Network:
         image=roofline.seconds / IMAGES,
         forward=forward / roofline.seconds,
         update=4 * weights * (3 + 2 * moments) / cluster.memory,  # all is read, and all but the gradient written
-        buckets=in_buckets([each for each, _ in ready], [(seconds - forward) / backward for _, seconds in ready]),
+        buckets=in_buckets(
+            [each for each, _ in ready],
+            [(seconds - forward) / backward for _, seconds in ready],
+            rounded=config.comm_hook != "no",
+        ),
     )
 
 
-def in_buckets(gradients: Sequence[Tensor], ready: Sequence[float]) -> tuple[Bucket, ...]:
-    """The buckets that DDP makes after its first step, by its own function: of gradients in the order in which they come."""
+def in_buckets(gradients: Sequence[Tensor], ready: Sequence[float], *, rounded: bool) -> tuple[Bucket, ...]:
+    """The buckets that DDP makes after its first step, by its own function: of gradients in the order in which they come.
+
+    If they are `rounded`, to bf16 or fp16, half of their bytes travel.
+    """
     distributed: Any = torch.distributed
     parts, _ = distributed._compute_bucket_assignment_by_size(gradients, [FIRST_BUCKET, BUCKET], [False] * len(gradients))
-    return tuple(Bucket(sum(gradients[i].nbytes for i in part), max(ready[i] for i in part)) for part in parts)
+    return tuple(Bucket(sum(gradients[i].nbytes for i in part) // (1 + rounded), max(ready[i] for i in part)) for part in parts)
