@@ -107,7 +107,9 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def train_step(state: TrainState, batch: Batch, rate: float, config: Config, accelerator: Accelerator) -> None:
-    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts. But in fp16, nothing waits for the device.
+    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts.
+
+    Nothing here waits for the device, but for the scaler of fp16.
 
     Each part's loss has the weight of its images, so parts may be uneven: the gradient is that of the whole batch. If that
     is not finite, on any rank, no rank's weights change.
