@@ -160,8 +160,11 @@ def asked() -> Any:
 
 def main() -> int:
     args = asked()
-    default = f"{time.strftime('%Y-%m-%d')}-{machine.slug()}{'-quick' if args.quick else ''}"
-    book = Book(args.into or machine.ROOT / "benchmarks/results" / default)
+    results, name = machine.ROOT / "benchmarks/results", f"{machine.slug()}{'-quick' if args.quick else ''}"
+    newest = max(results.glob(f"????-??-??-{name}.jsonl"), default=None) if args.cells == ["table"] else None
+    book = Book(args.into or newest or results / f"{time.strftime('%Y-%m-%d')}-{name}")
+    if args.cells == ["table"] and not book.records:
+        sys.exit(f"bench: there are no records in {book.file}: give --into FILE")
     well = True
     try:
         with tempfile.TemporaryDirectory() as folder:

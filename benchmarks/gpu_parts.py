@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import train
-from distrib import loop, models
+from distrib import loop, models, ranks
 from distrib.config import load_config
 from distrib.data import sources
 from distrib.data.sources import Arrays, Source
 
 NEVER = 10**9
+WAITED = "called a synchronizing"  # what torch warns of, where set_sync_debug_mode asks for that
 Record = dict[str, Any]
 
 
@@ -68,17 +69,22 @@ class Null(nn.Module):
 
 
 def tax(quick: bool) -> Record:
-    """Seconds of a step in the trainer's loop, and in a bare one over the same batches."""
+    """Seconds of a step in the trainer's loop, reports included, and in a bare one over the same batches."""
     models.OWN["cnn"] = Null
     steps, told = (60 if quick else 4000), Record()
-    fit = loop.fit
+    fit, validate = loop.fit, loop.validate
 
     def twice(state: Any, run: Any) -> str:
+        def at_the_end(*rest: Any) -> None:  # of the steps: an evaluation and a checkpoint follow
+            wait()
+            told["the trainer"] = (perf_counter() - began) / steps
+            validate(*rest)
+
+        loop.validate = at_the_end
         wait()
         began = perf_counter()
         stopped = fit(state, run)
         wait()
-        told["the trainer"] = (perf_counter() - began) / steps
         loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
         optimizer = SGD(state.network.parameters(), 0.1, 0.9, nesterov=True, fused=True)
         began = perf_counter()
@@ -126,19 +132,19 @@ class Meter:
         self.step, self.cuda = step, torch.cuda.is_available()
         self.clocked, self.profiled, self.total = total // 3, total - 6, total
         self.found = Record(busy=0.0)
-        self.waits: list[warnings.WarningMessage] = []
+        self.waits: list[warnings.WarningMessage] | None = None
         self.caught = warnings.catch_warnings(record=True)
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     def __call__(self, state: Any, *rest: Any) -> None:
         if state.step == 2:  # what is made once has been made
-            self.waits = self.caught.__enter__() or []
+            self.waits = self.caught.__enter__()
+            self.look("warn")  # which warns, once, that it does not find all of them
             warnings.simplefilter("always")
-            self.look("warn")
         elif state.step == self.clocked:
             self.look("default")
             self.caught.__exit__(None, None, None)
-            self.found["syncs"] = sum("synchroniz" in str(each.message) for each in self.waits) / (self.clocked - 2)
+            self.found["syncs"] = sum(WAITED in str(each.message) for each in self.waits or ()) / (self.clocked - 2)
             wait()
             self.began = perf_counter()
         elif state.step == self.profiled:
@@ -150,7 +156,7 @@ class Meter:
         if state.step == self.total and self.cuda:
             wait()
             self.profiler.stop()
-            kernels = sum(each.self_device_time_total for each in self.profiler.key_averages())
+            kernels = sum(each.self_device_time_total for each in self.profiler.key_averages() if not each.is_user_annotation)
             self.found["busy"] = kernels / 1e6 / (self.total - self.profiled)
 
     def look(self, mode: str) -> None:
@@ -174,3 +180,4 @@ if __name__ == "__main__":
     said = PARTS[sys.argv[1]](sys.argv[2] == "1", *sys.argv[3:])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(said), flush=True)
+    ranks.leave(0)

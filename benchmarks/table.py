@@ -53,6 +53,13 @@ def quotient(records: Sequence[Record], what: str, over: str) -> float | None:
     return top / bottom
 
 
+def by_round(records: Sequence[Record], what: str, over: str) -> list[tuple[float, float]]:
+    """The values of `what` and of `over` in each round that has both: they were taken within minutes of each other."""
+    names = by_name(records)
+    found = [{each["round"]: float(each["value"]) for each in names.get(name, [])} for name in (what, over)]
+    return [(found[0][round_], found[1][round_]) for round_ in found[0] if round_ in found[1]]
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
@@ -103,17 +110,23 @@ def section(about: Record, runs: Sequence[Record], machine: list[str]) -> list[s
 def quotients(about: Record, runs: Sequence[Record]) -> list[str]:
     medians = {name: median(each["value"] for each in found) for name, found in by_name(runs).items() if found}
     minus = [(what, over) for what, over in about["minus"] if what in medians and over in medians]
-    lines = [f"- {what}: {medians[what] - medians[over]:+,.0f} {about['unit']} over {over}" for what, over in minus]
+    lines = []
+    for what, over in minus:
+        differences = [top - bottom for top, bottom in by_round(runs, what, over)]
+        within = f" (by round: {min(differences):+,.0f} to {max(differences):+,.0f})" if differences else ""
+        lines.append(f"- {what}: {medians[what] - medians[over]:+,.0f} {about['unit']} over {over}{within}")
     lines += [""] * bool(lines)
     if not about["ratios"]:
         return lines
-    lines += [row("quotient of medians", "is", "should be", ""), row("---", "---", "---", "---")]
+    lines += [row("quotient of medians", "is", "by round", "should be", ""), row(*["---"] * 5)]
     for what, over, low, high, note in about["ratios"]:
         found = quotient(runs, what, over)
         bounds = [f">= {low:g}"] * (low > 0) + [f"<= {high:g}"] * (high < 1e9)
         verdict = "not measured" if found is None else "" if not bounds else "yes" if low <= found <= high else "NO"
         title = f"{what} / {over}" + (f" ({note})" if note else "")
-        lines.append(row(title, "" if found is None else f"{found:.3f}", ", ".join(bounds), verdict))
+        rounds = [top / bottom for top, bottom in by_round(runs, what, over)]
+        within = f"{min(rounds):.3f} to {max(rounds):.3f}" if rounds else ""
+        lines.append(row(title, "" if found is None else f"{found:.3f}", within, ", ".join(bounds), verdict))
     return [*lines, ""]
 
 
@@ -128,20 +141,21 @@ def besides(runs: Sequence[Record]) -> list[str]:
 
 def stamped(about: Record, machine: list[str]) -> list[str]:
     """When and how a cell was measured; and on what, if that is not what the page begins with."""
-    steal = f"; the machine's host took at most {about['stolen']:.1%} of a run's time" if "stolen" in about else ""
     return [
         f"{about['date']}, rounds: {about['rounds']}. `{' '.join(about['keys'])}`",
         "",
         *(f"- {fact}" for fact in about["machine"] if fact not in machine),
         f"- before: {about['before']}",
-        f"- after: {about['after']}{steal}",
+        f"- after: {about['after']}; the machine's host took at most {about['stolen']:.1%} of a run's time",
     ]
 
 
 def accuracy(about: Sequence[Record], runs: Sequence[Record], machine: list[str]) -> list[str]:
     lines = [f"## {about[-1]['title']}", ""]
-    for each in {str(each["machine"]): each for each in about}.values():
-        lines += [*stamped(each, machine), ""]
+    for each in about:
+        facts = "; ".join(fact for fact in each["machine"] if fact not in machine)
+        lines.append(f"- {each['date']}: before: {each['before']}; after: {each['after']}{facts and f'; {facts}'}")
+    lines.append("")
     head = (
         "recipe",
         "seeds",

@@ -62,7 +62,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
 
 
 def with_momentum(optimizer: SGD) -> SGD:
-    """With momentum of 0: torch's fused SGD makes it in its first step, and if `found_inf` says to skip that, of what lay there."""
+    """With momentum of 0: torch's fused SGD makes it in its first step, even if it is to skip that, of what lay in memory."""
     for group in optimizer.param_groups:
         for weight in group["params"] if group["momentum"] or "inertia" in group else ():
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)

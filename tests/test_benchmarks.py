@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import ROOT, launch, requires
 
 from benchmarks import runs, table
 from benchmarks.cells import microseconds, rate, subset, throughput
+from benchmarks.gpu_parts import Meter
 from benchmarks.runs import RunError, peer, run, trainer
 
 WORK = {"images": 512, "updates": 8, "timed": 6, "parameters": 10, "loss": 1.0, "wall": 9.0, "cpu": 8.0, "rss_mb": 700.0}
@@ -20,7 +23,7 @@ EQUAL = ("images", "updates", "timed", "parameters")
 
 
 def ran(name: str, value: float, **other: Any) -> dict[str, Any]:
-    return WORK | {"cell": "c", "name": name, "value": value} | other
+    return WORK | {"cell": "c", "name": name, "round": 0, "value": value} | other
 
 
 def about(**other: Any) -> dict[str, Any]:
@@ -37,6 +40,14 @@ def test_a_quotient_is_of_medians_so_that_one_slow_run_does_not_count() -> None:
     found = [ran("ours", value) for value in (10.0, 30.0, 31.0)] + [ran("raw", value) for value in (15.0, 15.0, 1.0)]
     assert table.quotient(found, "ours", "raw") == 2.0
     assert table.quotient(found, "ours", "a peer that is not installed") is None
+
+
+def test_beside_a_quotient_and_a_difference_stands_what_they_are_within_a_round() -> None:
+    values = {"ours": (10.0, 30.0), "raw": (20.0, 40.0)}
+    found = [ran(name, each[round_], round=round_) for name, each in values.items() for round_ in (0, 1)]
+    shown = table.page([*found, about(ratios=[["ours", "raw", 0.9, 1e9, ""]], minus=[["ours", "raw"]])])
+    assert "| ours / raw | 0.667 | 0.500 to 0.750 | >= 0.9 | NO |" in shown
+    assert "- ours: -10 images/s over raw (by round: -10 to -10)" in shown
 
 
 def test_only_the_timed_steps_count() -> None:
@@ -64,8 +75,8 @@ def test_the_page_shows_cells_that_are_lost_and_peers_that_are_missing_or_failed
     ratios = [["ours", "fast", 1.0, 1e9, ""], ["ours", "gone", 1.0, 1e9, ""]]
     absent = {"cell": "c", "name": "gone", "round": 0, "failed": "not installed"}
     shown = table.page([ran("ours", 10.0), ran("fast", 20.0), absent, about(ratios=ratios, unequal=["images differ"])])
-    assert "| ours / fast | 0.500 | >= 1 | NO |" in shown
-    assert "| ours / gone |  | >= 1 | not measured |" in shown
+    assert "| ours / fast | 0.500 | 0.500 to 0.500 | >= 1 | NO |" in shown
+    assert "| ours / gone |  |  | >= 1 | not measured |" in shown
     assert "| gone | not installed |" in shown
     assert "UNEQUAL WORK" in shown
     assert "images differ" in shown
@@ -146,6 +157,23 @@ def test_a_peer_tells_what_it_did_in_one_line() -> None:
     assert (told["images"], told["updates"]) == (300, 5)
     assert 0 <= told["top1"] <= 100
     assert len(told["stamps"]) == 5
+
+
+@pytest.mark.parametrize("waits", [0, 2])
+def test_what_a_gpus_steps_wait_for_is_counted(waits: int) -> None:
+    def step(state: Any) -> None:
+        for _ in range(waits):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        state.step += 1
+
+    meter, state = Meter(step, total=24), SimpleNamespace(step=0)
+    meter.cuda = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while state.step < 24:
+            meter(state)
+    assert meter.found["syncs"] == waits
+    assert meter.found["step"] > 0
 
 
 def test_help_is_there() -> None:

@@ -1,6 +1,6 @@
 """The host never waits for the device in a steady step. On a CPU all is there at once, so what would wait is refused.
 
-On a GPU torch knows by itself: benchmarks/gpu.py trains under torch.cuda.set_sync_debug_mode("error").
+On a GPU torch knows by itself, and is asked to refuse too; benchmarks/gpu.py counts.
 """
 
 import threading
@@ -58,7 +58,13 @@ def nothing_waits() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched, Watched():
         for name in METHODS:
             patched.setattr(Tensor, name, refusing(getattr(Tensor, name)))
-        yield
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def guard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 
 from distrib.config import Config, load_config
 from distrib.data.sources import Arrays, Source, load_source
+from distrib.memory import keep_freed_memory
 from distrib.models import build_model
 from distrib.precision import choose_precision
 
@@ -163,6 +164,8 @@ def asked(args: Sequence[str]) -> Task:
     assert flags <= {"--tuned", "--validate", "--ready"}, flags
     config = load_config([arg for arg in args if arg not in flags])
     task = Task(config, "--tuned" in flags, "--validate" in flags, "--ready" in flags)
+    if task.tuned:
+        keep_freed_memory()  # PyTorch's tuning guide advises another allocator, which does the same
     if config.threads:
         torch.set_num_threads(config.threads)
     return task
