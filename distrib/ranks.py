@@ -2,6 +2,7 @@
 
 import gc
 import os
+import secrets
 import signal
 import sys
 import time
@@ -64,18 +65,39 @@ def start(config: Config) -> tuple[Accelerator, str]:
 
 
 def join(device: str, config: Config) -> None:
-    """Meet the other ranks, if there are any. What is exchanged with them fails after the longest of the limits.
-
-    A launcher that restarts its ranks keeps their store, and the keys of the ranks that died are in it: with those, two in
-    three restarts fail or hang. So each attempt has keys of its own.
-    """
+    """Meet the other ranks, if there are any. What is exchanged with them fails after the longest of the limits."""
     if launched_world() == 1 or torch.distributed.is_initialized():
         return
     limit, distributed = patience(config), cast(Any, torch.distributed)
     store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
-    attempt = distributed.PrefixStore(f"attempt {from_environment('TORCHELASTIC_RESTART_COUNT', default=0)}", store)
+    attempt = distributed.PrefixStore(named_attempt(store, rank, world), store)
     backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(backend, timeout=limit, store=attempt, rank=rank, world_size=world)
+
+
+def named_attempt(store: Any, rank: int, world: int) -> str:
+    """A name for the keys of this attempt, new and the same for each rank. Every rank must call this.
+
+    A launcher that restarts its ranks keeps their store, and the keys of the ranks that died are in it: with those, two in
+    three restarts fail or hang. Restarts are counted by each machine for itself, which is no name either. So each rank says
+    a word that was never said, and rank 0 answers with its own until each has thanked for that, which the dead do not.
+    """
+    word = secrets.token_hex(8)
+    if rank:
+        store.set(f"rank {rank}", word)
+        name: str = store.get(f"answer to {word}").decode()
+        store.set(f"thanks for {name} of {word}", "")
+        return name
+    words = dict.fromkeys(range(1, world), "")
+    while words:
+        for other, heard in [*words.items()]:
+            if heard and store.check([f"thanks for {word} of {heard}"]):
+                del words[other]
+            elif store.check([f"rank {other}"]):
+                words[other] = store.get(f"rank {other}").decode()
+                store.set(f"answer to {words[other]}", word)
+        time.sleep(0.01)
+    return word
 
 
 def patience(config: Config) -> timedelta:

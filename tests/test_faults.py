@@ -3,9 +3,12 @@
 import math
 import os
 import re
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
@@ -158,6 +161,24 @@ def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_pa
     assert "rank 1 ran out of memory after step 22 with micro_batches=1: the same command tries 2" in done.stderr
     assert "is cut into micro_batches=2: as at the last attempt" in done.stdout
     assert noted(tmp_path / "run")["micro_batches"] == 2
+
+
+def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Path, whole: Path) -> None:
+    """Two launchers of torchrun, which count restarts each for itself: only that of the dead rank does."""
+    store = socket.create_server(("127.0.0.1", 0))
+    port = store.getsockname()[1]
+    store.close()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    fault = ["tests/faulty.py", "SIGKILL", "1", "25", str(tmp_path / "mark"), *KEYS, f"run_dir={tmp_path / 'run'}"]
+    nodes = [
+        subprocess.Popen([*command, f"--rdzv_conf=is_host={hosts}", *fault], cwd=ROOT, env=os.environ | SCRIPTS, stderr=PIPE)
+        for hosts in (1, 0)
+    ]
+    told = [each.communicate(timeout=180)[1].decode() for each in nodes]
+    assert [each.returncode for each in nodes] == [0, 0], told
+    assert noted(tmp_path / "run")["attempts"] == 2
+    assert_same(tmp_path / "run", whole)
 
 
 RANKS = "waits for other ranks"

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import agreeing
@@ -12,6 +14,7 @@ from conftest import SMALL, launch, points
 
 from distrib import ranks
 from distrib.config import Config, UserError
+from distrib.ranks import named_attempt
 from distrib.vote import StopVote
 
 
@@ -85,3 +88,22 @@ def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
     assert vote(1) == "the file STOP"
     assert not (tmp_path / "STOP").exists()
     assert vote(vote.next) == ""
+
+
+def test_each_attempt_has_a_name_of_its_own_whatever_the_dead_have_left_in_the_store() -> None:
+    store = torch.distributed.HashStore()
+
+    def attempt(*arriving: int) -> list[str]:
+        def late(rank: int) -> str:
+            time.sleep(0.1 * arriving.index(rank))
+            return named_attempt(store, rank, 3)
+
+        with ThreadPoolExecutor() as pool:
+            return [*pool.map(late, arriving)]
+
+    names = [attempt(0, 1, 2), attempt(0, 1, 2), attempt(2, 1, 0)]
+    for rank in (1, 2):
+        store.set(f"rank {rank}", "of one that died before it heard an answer")
+    names += [attempt(0, 2, 1)]
+    assert all(len(set(each)) == 1 for each in names)
+    assert len({each[0] for each in names}) == 4
