@@ -5,8 +5,10 @@ a phase is over its limit, it writes the stacks of all threads to the run folder
 """
 
 import faulthandler
+import linecache
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -25,7 +27,8 @@ from distrib.interrupt import SHOW_STACKS, add_stacks, stack_report
 PERIOD = 1.0  # seconds between two looks at the clock
 GATHER = 2.0  # seconds that the ranks have to report, and their loader workers
 
-FOR_RANKS, FOR_WORKERS = "waits for other ranks", "waits for its loader workers"
+FOR_RANKS, FOR_WORKERS, FOR_DEVICE = "waits for other ranks", "waits for its loader workers", "waits for its device"
+READS = re.compile(r"\.(item|tolist)\(\)")  # in a line of Python: it reads numbers that a device may have yet to compute
 
 
 class Watch:
@@ -143,6 +146,8 @@ def whereabouts(*, several: bool) -> str:
     main = sys._current_frames()[threading.main_thread().ident or 0]
     calls = [(Path(frame.f_code.co_filename), line, frame.f_code.co_name) for frame, line in traceback.walk_stack(main)]
     innermost, line, name = calls[0]
+    if READS.search(linecache.getline(str(innermost), line)):
+        return FOR_DEVICE
     for path, _, function in calls:
         # DDP waits for the other ranks' gradients at the end of the backward pass.
         if several and ("/torch/distributed/" in path.as_posix() or name == "_engine_run_backward"):
@@ -153,15 +158,19 @@ def whereabouts(*, several: bool) -> str:
 
 
 def stuck(told: dict[int, str], world: int) -> dict[int, str]:
-    """The ranks that keep the others waiting, and what each is at: those that do not wait, or cannot tell."""
-    return {rank: told.get(rank, "gives no sign of life") for rank in range(world) if told.get(rank, "") != FOR_RANKS}
+    """The ranks that keep the others waiting, and what each is at: those that do not wait, or cannot tell.
+
+    A GPU may wait for those of other ranks, and its rank for it: that one is to blame only if there is no other.
+    """
+    found = {rank: told.get(rank, "gives no sign of life") for rank in range(world) if told.get(rank, "") != FOR_RANKS}
+    return {rank: what for rank, what in found.items() if what != FOR_DEVICE} or found
 
 
 def summary(told: dict[int, str], world: int) -> str:
     """Who waits for whom, in words."""
     holding = stuck(told, world)
-    waiting = [str(rank) for rank in range(world) if rank not in holding]
     parts = [f"rank {rank} {what}" for rank, what in holding.items()]
-    if waiting:
-        parts.append(f"rank {', '.join(waiting)} {FOR_RANKS}")
+    for why in (FOR_DEVICE, FOR_RANKS):
+        waiting = [str(rank) for rank, what in sorted(told.items()) if what == why and rank not in holding]
+        parts += [f"rank {', '.join(waiting)} {why}"] * bool(waiting)
     return "; ".join(parts)

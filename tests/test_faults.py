@@ -6,9 +6,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from subprocess import PIPE
+from types import FrameType
 
 import pytest
 from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
@@ -16,7 +18,7 @@ from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
 from distrib.folder import noted
-from distrib.watch import stuck, summary
+from distrib.watch import stuck, summary, whereabouts
 
 LIMIT = 4  # seconds of a step: enough for one on a busy machine, little enough to wait for
 KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "model.norm=group"]
@@ -181,7 +183,7 @@ def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Pa
     assert_same(tmp_path / "run", whole)
 
 
-RANKS = "waits for other ranks"
+RANKS, DEVICE = "waits for other ranks", "waits for its device"
 
 
 @pytest.mark.parametrize(
@@ -189,8 +191,33 @@ RANKS = "waits for other ranks"
     [
         ({0: RANKS, 2: "is at a.py:1 in f"}, [1, 2], f"rank 1 gives no sign of life; rank 2 is at a.py:1 in f; rank 0 {RANKS}"),
         ({0: RANKS, 1: RANKS, 2: RANKS}, [], f"rank 0, 1, 2 {RANKS}"),
+        ({0: DEVICE, 1: RANKS, 2: "is at a.py:1 in f"}, [2], f"rank 2 is at a.py:1 in f; rank 0 {DEVICE}; rank 1 {RANKS}"),
+        ({0: DEVICE, 1: DEVICE, 2: RANKS}, [0, 1], f"rank 0 {DEVICE}; rank 1 {DEVICE}; rank 2 {RANKS}"),
     ],
 )
 def test_who_waits_for_whom(told: dict[int, str], culprits: list[int], words: str) -> None:
     assert list(stuck(told, 3)) == culprits
     assert summary(told, 3) == words
+
+
+class Slow:
+    """What a rank reads from its device; gives the frame of the rank that waits for it."""
+
+    def tolist(self) -> FrameType:
+        return sys._getframe(1)
+
+    def other(self) -> FrameType:
+        return sys._getframe(1)
+
+
+def test_a_rank_that_reads_from_its_device_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading() -> FrameType:
+        return Slow().tolist()
+
+    def computing() -> FrameType:
+        return Slow().other()
+
+    for at, words in ((reading, DEVICE), (computing, r"is at test_faults.py:\d+ in computing")):
+        frame = at()
+        monkeypatch.setattr(sys, "_current_frames", lambda frame=frame: {threading.main_thread().ident: frame})
+        assert re.fullmatch(words, whereabouts(several=True))

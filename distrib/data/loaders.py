@@ -165,7 +165,7 @@ class Loader:
             yield Batch(self.normalize(self.augment(images, share)), labels)
 
     def sample(self, pixels: int = 1 << 20) -> Tensor:
-        """Training images without noise, evenly spread over the set, of about so many pixels: the same for each rank."""
+        """Training images, neither moved nor mirrored, spread over the set, of about so many pixels: the same for each rank."""
         images, (_, height, width) = len(self.source.train), self.source.shape
         chosen = torch.arange(0, images, max(1, images * height * width // pixels))
         _, found, _ = next(iter(self.sets[0].read([Share(0, chosen)])))

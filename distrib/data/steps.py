@@ -1,6 +1,7 @@
 """Which images a step sees, and the noise in each of them: pure functions of (seed, step).
 
-Nothing here depends on the number of ranks or workers, on the device, or on how often a run was interrupted.
+Nothing here depends on the number of ranks or workers, on the device, or on how often a run was interrupted. (Dropout's stream
+is the one that a rank adds its number to: layers draw in their own order, and do not know which images they see.)
 """
 
 from collections.abc import Iterator
