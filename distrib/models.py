@@ -125,14 +125,14 @@ def convolution(channels: int, width: int) -> nn.Conv2d:
 class Airbench(nn.Module):
     """A small network that learns in few steps, for images of 8 to 64 pixels: and a head that sees the largest values.
 
-    After Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024. But blocks after the first halve the picture before
-    they widen it, which takes a third less time; and ReLU is in place of GELU, which takes a CPU a fifth longer.
+    After Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024. But each block halves the picture before it widens it
+    and not after, which takes half of the multiplications; and ReLU is in place of GELU, which takes a CPU a fifth longer.
     """
 
     def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
         super().__init__()
         widths = [channels, width, 2 * width, 4 * width]
-        self.blocks = nn.Sequential(*(identity_block(*pair, late=i == 0) for i, pair in enumerate(pairwise(widths))))
+        self.blocks = nn.Sequential(*(identity_block(*pair) for pair in pairwise(widths)))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
@@ -142,25 +142,15 @@ class Airbench(nn.Module):
         return logits / 9  # so that the first ones are small
 
 
-def identity_block(channels: int, width: int, *, late: bool) -> nn.Sequential:
-    """Halves the picture and widens it, then convolves it again; `late`: halves it when it is wide.
-
-    At first, both convolutions hand on what they can.
-    """
-    widen, halve = convolution(channels, width), nn.MaxPool2d(2)
-    layers: list[nn.Module] = [widen, halve] if late else [halve, widen]
-    layers += [identity_norm(width), nn.ReLU(inplace=True)]
-    layers += [convolution(width, width), identity_norm(width), nn.ReLU(inplace=True)]
-    for each in layers:
-        if isinstance(each, nn.Conv2d):
-            nn.init.dirac_(each.weight[: each.in_channels])
+def identity_block(channels: int, width: int) -> nn.Sequential:
+    """Halves the picture and widens it, then convolves it again. At first, both convolutions hand on what they can."""
+    layers: list[nn.Module] = [nn.MaxPool2d(2)]
+    for each in (convolution(channels, width), convolution(width, width)):
+        nn.init.dirac_(each.weight[: each.in_channels])
+        norm = nn.BatchNorm2d(width, momentum=0.4)  # there are few steps to gather statistics in
+        norm.weight.requires_grad_(False)
+        layers += [each, norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
-
-
-def identity_norm(width: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(width, momentum=0.4)  # there are few steps to gather statistics in
-    norm.weight.requires_grad_(False)
-    return norm
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "airbench": Airbench}
