@@ -52,10 +52,10 @@ def parts_that_fit(
             told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
             return parts, [told] if parts > 1 and asked == AUTO else []
         rank = lacks.index(True)
-        if asked != AUTO:
-            raise UserError(f"rank {rank} has no memory for micro_batches={parts}: use {min(2 * parts, share)}, or auto")
         if parts == share:
             raise RunError(f"rank {rank} has not enough memory for a step with a single image")
+        if asked != AUTO:
+            raise UserError(f"rank {rank} has no memory for micro_batches={parts}: use {min(2 * parts, share)}, or auto")
         parts, why = min(2 * parts, share), f"rank {rank} has no memory for {-(-share // parts)} at once"
 
 

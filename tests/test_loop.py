@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import train
 from distrib import loop, memory
-from distrib.config import Config, OptimConfig, UserError, load_config
+from distrib.config import Config, OptimConfig, RunError, UserError, load_config
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
 from distrib.log import Log
@@ -227,6 +227,8 @@ def test_parts_that_were_asked_for_and_do_not_fit_are_refused(tmp_path: Path, mo
     monkeypatch.setattr(memory, "fits", lambda *args: False)
     with pytest.raises(UserError, match=r"^rank 0 has no memory for micro_batches=2: use 4, or auto$"):
         run(tmp_path, "micro_batches=2")
+    with pytest.raises(RunError, match=r"^rank 0 has not enough memory for a step with a single image$"):
+        run(tmp_path, "batch_size=4", "micro_batches=4")
 
 
 class Memorizer(nn.Module):
