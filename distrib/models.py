@@ -125,8 +125,8 @@ def convolution(channels: int, width: int) -> nn.Conv2d:
 class Airbench(nn.Module):
     """A small network that learns in few steps, for images of 8 to 64 pixels: and a head that sees the largest values.
 
-    After Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024. But a block halves the picture before it widens it and
-    not after, which takes half of the multiplications, unless it is given the image itself, without `Whitening`; and ReLU is in
+    After Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024. But a block halves the picture before it widens it,
+    not after, which takes half of the multiplications; unless it is given the image itself, without `Whitening`. And ReLU is in
     place of GELU, which takes a CPU a fifth longer.
     """
 
