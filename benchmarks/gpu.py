@@ -64,7 +64,7 @@ def page(device: str, gpus: int, quick: bool, data: list[str], scratch: Path) ->
     yield ceilings(child("ceilings", quick=quick))
     yield f"| a step of a linear layer on 8x8 pixels | {tax(child('tax', quick=quick))} |"
     yield "\n| recipe | seeds | top-1 | seconds of steps and evaluation | from process start to end |\n|---|---|---|---|---|"
-    for keys in ("epochs=4", "epochs=8 model.width=32 views=6"):  # for 93 and for 94 % (docs/speed.md)
+    for keys in ("epochs=4", "epochs=8 model.width=32 views=6"):  # for 93 % and about 94 % (docs/speed.md)
         yield recipe(keys, data, seeds=1 if quick else 4, scratch=scratch, quick=quick)
     yield "\n| network, images | GPUs | batch | compile | images/s | GPU idle | host syncs |\n|---|---|---|---|---|---|---|"
     for mode in ("no",) if quick else ("no", "default", "reduce-overhead"):
