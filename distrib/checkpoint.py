@@ -75,14 +75,14 @@ def write(taken: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> N
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the most accurate one; what is being deleted has lost its name.
+    """Delete all but the newest `keep` checkpoints and the most accurate one, if any was evaluated.
 
-    What cannot be deleted is left for the next time.
+    What is being deleted has lost its name; what cannot be is left for the next time.
     """
     found = checkpoints(run_dir)
     best = max(found, key=accuracy, default=None)
     for folder in found[:-keep]:
-        if folder != best:
+        if folder != best or accuracy(folder) < 0:
             with suppress(OSError):
                 os.rename(folder, folder.with_suffix(".pruned"))
     for folder in (run_dir / "checkpoints").glob("step_*.pruned"):

@@ -231,6 +231,12 @@ def test_the_newest_and_the_most_accurate_are_kept(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path)) == 3
 
 
+def test_of_checkpoints_that_were_never_evaluated_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        write(taken(step, evaluated=False), tmp_path, ABOUT, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_committed(tmp_path: Path, value: float) -> None:
     write(taken(1), tmp_path, ABOUT, keep=2)
