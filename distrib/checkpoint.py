@@ -80,9 +80,10 @@ def prune(run_dir: Path, keep: int) -> None:
     What is being deleted has lost its name; what cannot be is left for the next time.
     """
     found = checkpoints(run_dir)
-    best = max(found, key=accuracy, default=None)
+    scores = {folder: accuracy(folder) for folder in found}
+    best = max(found, key=scores.__getitem__, default=None)
     for folder in found[:-keep]:
-        if folder != best or accuracy(folder) < 0:
+        if folder != best or scores[folder] < 0:
             with suppress(OSError):
                 os.rename(folder, folder.with_suffix(".pruned"))
     for folder in (run_dir / "checkpoints").glob("step_*.pruned"):

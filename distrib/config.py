@@ -64,12 +64,7 @@ def lies_within(value: float, interval: str) -> bool:
 class DataConfig(Checked):
     name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
     root: str = key("data", "where data sets are or are downloaded to; for folder, what holds train/ and val/", free=True)
-    workers: int = key(
-        2,
-        "processes per rank that read image files, as many for each of train and val; sets in memory need none",
-        "[0, inf)",
-        free=True,
-    )
+    workers: int = key(2, "processes per rank that read image files, so many for train and for val", "[0, inf)", free=True)
     resident: Literal["auto", "device", "host"] = key(
         "auto", "where sets in memory are kept; auto: the device, if that takes a quarter of its free memory at most", free=True
     )
