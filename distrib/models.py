@@ -144,7 +144,10 @@ class Airbench(nn.Module):
 
 
 def identity_block(channels: int, width: int, *, of_image: bool) -> nn.Sequential:
-    """Halves the picture and widens it, then convolves it again. At first, both convolutions hand on what they can."""
+    """Halves the picture and widens it, then convolves it again; of an image itself, it widens before it halves.
+
+    At first, both convolutions hand on what they can.
+    """
     layers: list[nn.Module] = []
     for each in (convolution(channels, width), convolution(width, width)):
         nn.init.dirac_(each.weight[: each.in_channels])

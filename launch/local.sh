@@ -3,7 +3,7 @@
 # One rank per GPU; without a GPU, two ranks on the CPU. RANKS=N asks for another number.
 set -euo pipefail
 
-if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 else
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
