@@ -39,7 +39,7 @@ class Cluster:
         """JobState, Reason, Restarts, ExitCode and so on."""
         return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "--oneliner", "show", "job", job)))
 
-    def wait(self, job: str, state: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, state: str, timeout: float = 240) -> dict[str, str]:
         """Wait until a job is in a state, and fail as soon as it has ended in another one."""
         give_up = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] != state:
@@ -54,7 +54,11 @@ class Cluster:
     def release(self, job: str) -> None:
         """SLURM lets a job that is requeued wait for two minutes; two seconds are the least that works."""
         self.wait(job, "PENDING")
-        self.tell("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        assert self.hasten(job)
+
+    def hasten(self, job: str) -> bool:
+        """Whether the job was waiting still, so that it could be told to wait for two seconds."""
+        return self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2").returncode == 0
 
 
 def wait_for(output: Path, words: str, timeout: float = 90) -> str:
