@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 DAY = 86_400.0  # seconds
@@ -97,15 +98,17 @@ class Cluster:
     def waiting(self, gpus: int) -> float:
         """What a step lasts longer because the slowest of its ranks does, as a part of its compute time.
 
-        That is about the expected maximum of so many normal numbers.
+        That is the expected maximum of so many normal numbers, within 1 % (Blom, 1958).
         """
-        return self.jitter * math.sqrt(2 * math.log(gpus))
+        return self.jitter * NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
 
     def goodput(self, stall: float, gpus: int) -> tuple[float, float]:
         """Seconds from save to save, each of which stalls training for `stall`; and the part of all time that is not lost.
 
-        The interval is the one that loses least (Young, 1974; Daly, 2006): a failure costs half of it, and a restart.
+        The interval is the one that loses least (Young, 1974; Daly, 2006): a failure costs half of it, and a restart, in which
+        nothing fails.
         """
         between_failures = DAY / (self.failures * gpus)
         interval = math.sqrt(2 * stall * between_failures)
-        return interval, 1 / (1 + stall / interval + (interval / 2 + self.restart) / between_failures)
+        done_again, saves = interval / 2 / between_failures, stall / interval
+        return interval, (1 - done_again) / (1 + saves) / (1 + self.restart / between_failures)

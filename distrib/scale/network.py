@@ -92,6 +92,8 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def network_of(config: Config, cluster: Cluster) -> Network:
     """The network that the trainer would build. Raises UserError if its name or the data's is unknown, or they do not fit."""
     data, wanted = data_of(config.data), replace(config.model, weights="")
+    if config.precision == "no":  # TF32, with half of the multiplications in a second, and numbers of 4 bytes
+        cluster = replace(cluster, flops=cluster.flops / 2, accesses=2 * cluster.accesses)
     try:
         with torch.device("meta"):
             model = build_model(wanted, data.shape, data.classes)
