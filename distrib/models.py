@@ -1,25 +1,21 @@
 """Networks by name: ours, then torchvision's, brought to the channels, classes and size of the data."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
 from distrib.config import ModelConfig, UserError
+from distrib.pretrained import load_pretrained
 
 SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
 
 RIDGE = 5e-4  # keeps directions in which patches hardly vary from being blown up
-
-DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # densenets were published when names still had these dots
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -201,43 +197,6 @@ def with_group_norm(model: nn.Module) -> nn.Module:
             norm.weight.requires_grad_(module.weight.requires_grad)
             model.set_submodule(name, norm)
     return model
-
-
-def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
-    """Load `config.weights` into `model`: all but the first layer if the channels differ, and the last if the classes do."""
-    own = model.state_dict()
-    counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}  # torch 0.4 had none
-    weights = counters | _read_weights(config)
-    layers = [name for name, each in model.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
-    ends = [f"{layers[end]}.{part}" for end in (0, -1) for part in ("weight", "bias")]
-    unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    wrong = [name for name in unfit if name not in ends]
-    if wrong:
-        raise UserError(f"model.weights {config.weights} do not fit {config.name}: {len(wrong)} tensors, such as {wrong[0]}")
-    model.load_state_dict({name: weights[name] for name in own if name not in unfit}, strict=False)
-    if hasattr(model, "transform_input") and not Path(config.weights).suffix:
-        # The published weights of googlenet and inception_v3 are for images that were normalised otherwise.
-        model.transform_input = own[f"{layers[0]}.weight"].shape[1] == 3
-
-
-def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
-    path = Path(config.weights)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix in (".pth", ".pt"):
-            tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return tensors
-        named: Any = models.get_model_weights(config.name)
-        found = named[config.weights].get_state_dict(progress=False, check_hash=True)
-        return {re.sub(DENSE_LAYER, r"\1\2", name): each for name, each in found.items()}
-    except KeyError:
-        raise UserError(
-            f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}"
-        ) from None
-    except Exception as error:  # a file can be damaged, and a download can fail, in as many ways as their libraries have
-        why = " ".join(str(error).split())
-        raise UserError(f"model.weights {config.weights} cannot be read: {why}") from None
 
 
 def _try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:

@@ -17,7 +17,13 @@ LAYERS = [  # each may import from those below it
     ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py", "distrib/sharing.py"],
     ["distrib/state.py", "distrib/vote.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
-    ["distrib/precision.py", "distrib/checkpoint.py", "distrib/data/sources.py", "distrib/data/augment.py"],
+    [
+        "distrib/precision.py",
+        "distrib/pretrained.py",
+        "distrib/checkpoint.py",
+        "distrib/data/sources.py",
+        "distrib/data/augment.py",
+    ],
     ["distrib/data/files.py"],
     ["distrib/data/steps.py"],
     ["distrib/config.py", "distrib/interrupt.py", "distrib/muon.py", "distrib/scale/cluster.py"],
@@ -26,7 +32,7 @@ DOORS = {
     "accelerate": {"distrib/ranks.py", "distrib/loop.py", "distrib/memory.py", "distrib/health.py"},
     "omegaconf": {"distrib/config.py"},
     "tqdm": {"distrib/log.py"},
-    "torchvision": {"distrib/data/sources.py", "distrib/models.py"},
+    "torchvision": {"distrib/data/sources.py", "distrib/models.py", "distrib/pretrained.py"},
     "PIL": {"distrib/data/files.py"},
 }
 
