@@ -22,9 +22,11 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from distrib.config import Config, load_config
+from distrib.data.loaders import Loader
 from distrib.data.sources import Arrays, Source, load_source
+from distrib.data.steps import Steps
 from distrib.memory import keep_freed_memory
-from distrib.models import build_model
+from distrib.models import build_model, fit_whitening
 from distrib.precision import choose_precision
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -67,9 +69,11 @@ class Task:
         return torch.channels_last if self.tuned else torch.contiguous_format
 
     def network(self) -> nn.Module:
-        """The trainer's network, with the trainer's initial weights."""
+        """The trainer's network, with the trainer's initial weights, whitening included if that is asked for."""
         torch.manual_seed(self.config.seed)
         network = build_model(self.config.model, self.source.shape, len(self.source.classes))
+        steps = Steps(len(self.source.train), self.config.batch_size, self.config.seed, rank=0, world=1)
+        fit_whitening(network, Loader(self.source, self.config, steps, torch.device("cpu")).sample)
         return network.to(memory_format=self.layout)
 
     def images(self, *, train: bool, normalize: bool = True) -> "Pictures":
