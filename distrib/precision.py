@@ -37,11 +37,9 @@ def _fast_at_bf16(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"compute capability {major}.{minor}, where bf16 begins at 8.0"
-    if device.type == "cpu":
-        wanted = ("avx512_bf16", "amx_bf16")
-        has = [name for name in wanted if _cpu_has(name)]
-        return bool(has), f"the CPU has {' and '.join(has)}" if has else f"the CPU has neither {' nor '.join(wanted)}"
-    return False, f"bf16 is untested on {device.type}"
+    wanted = ("avx512_bf16", "amx_bf16")
+    has = [name for name in wanted if _cpu_has(name)]
+    return bool(has), f"the CPU has {' and '.join(has)}" if has else f"the CPU has neither {' nor '.join(wanted)}"
 
 
 def _cpu_has(feature: str) -> bool:

@@ -40,7 +40,7 @@ def start(config: Config) -> tuple[Accelerator, str]:
     threads = config.threads or threads_of_a_rank(local_ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, accelerate chooses another number for torch
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which would leave most of a machine idle
-    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    gpus = torch.cuda.device_count()  # ROCm's too; with a GPU of another kind, such as a Mac's, a rank trains on the CPU
     refuse_lone_processes()
     if 0 < gpus < local_ranks:
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
