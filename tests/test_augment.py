@@ -9,7 +9,7 @@ from distrib.data.augment import Augment, Normalize, erased, moved, views
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-MEAN = torch.tensor([0.2, 0.4, 0.0])
+MEAN = torch.tensor([51, 102, 0], dtype=torch.uint8)
 ALL = DataConfig(shift=2, flip="random", erase=3)
 
 
@@ -31,7 +31,7 @@ def test_an_erased_square_has_the_mean_and_the_rest_is_untouched() -> None:
     got = erased(IMAGES, row, column, side=3, mean=MEAN)
     for image, out, y, x in zip(IMAGES, got, (row * 9).long() - 1, (column * 7).long() - 1, strict=True):
         expected = image.clone()
-        expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = torch.tensor([51, 102, 0])[:, None, None]
+        expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = MEAN[:, None, None]
         assert torch.equal(out, expected)
 
 

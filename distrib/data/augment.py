@@ -15,7 +15,7 @@ from distrib.data.steps import AUGMENT, TURN, Share, fold, noise
 class Augment:
     """Moves, mirrors and blanks training images, (n, channels, height, width) uint8, as `config` says.
 
-    `mean`, (channels,), is that of pixels in [0, 1]: what is blanked gets it.
+    What is blanked gets the `mean` of the images, (channels,) uint8.
     """
 
     config: DataConfig
@@ -75,7 +75,7 @@ def erased(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor)
     rows = torch.arange(height, device=images.device) - top[:, None]
     columns = torch.arange(width, device=images.device) - left[:, None]
     square = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-    return torch.where(square[:, None], (255 * mean).round().to(images.dtype)[:, None, None], images)
+    return torch.where(square[:, None], mean[:, None, None], images)
 
 
 def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:

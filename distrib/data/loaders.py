@@ -147,7 +147,7 @@ class Loader:
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
-        self.augment = Augment(config.data, config.seed, mean)
+        self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))
         self.normalize = Normalize(mean, std, width=source.shape[2])
         # An epoch's order reaches all images of the training set; an evaluation, this rank's part only.
         whole, mine = range(len(source.train)), part(len(source.val), steps.rank, steps.world)
