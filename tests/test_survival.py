@@ -175,7 +175,7 @@ def kills(seed: int) -> Iterator[tuple[str, bool, float]]:
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """`make kill-storm` is the long form."""
-    keys = f"epochs={3 * KILLS}", "model.width=48"  # slow enough for all of them
+    keys = f"epochs={4 * KILLS}", "model.width=48"  # slow enough for all of them
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     assert Run("torchrun 2", whole, *keys).end(timeout=20 * KILLS) == 0
 
