@@ -160,7 +160,8 @@ def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
     run = Run("python", tmp_path / "run", "epochs=200")
     run.wait_for(r"step 5/4,600")
     second = Run("python", tmp_path / "run", "epochs=200")
-    assert second.end() == 2
+    assert second.process.wait(60) == 2
+    assert run.process.poll() is None
     assert f"is in use by process {run.process.pid} on " in second.said()
     run.process.kill()
     run.end()
