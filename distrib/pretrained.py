@@ -9,13 +9,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from distrib.config import ModelConfig, UserError
+from distrib.config import ModelConfig, UserError, one_line
 
 DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # densenets were published when names still had these dots
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig) -> None:
-    """Load `config.weights` into `model`: all but the first layer if the channels differ, and the last if the classes do."""
+    """Load `config.weights` into `model`: all but the first layer if the channels differ, and the last if the classes do.
+
+    Raises UserError if they cannot be had, or do not fit.
+    """
     own = model.state_dict()
     counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}  # torch 0.4 had none
     weights = counters | _read_weights(config)
@@ -47,5 +50,4 @@ def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
             f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}"
         ) from None
     except Exception as error:  # a file can be damaged, and a download can fail, in as many ways as their libraries have
-        why = " ".join(str(error).split())
-        raise UserError(f"model.weights {config.weights} cannot be read: {why}") from None
+        raise UserError(f"model.weights {config.weights} cannot be read: {one_line(error)}") from None

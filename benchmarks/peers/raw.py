@@ -16,13 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.task import MOMENTUM, WEIGHT_DECAY, Task, Work, asked
-from distrib.data.loaders import Loader
-from distrib.data.steps import Steps
+from benchmarks.peers.task import CPU, MOMENTUM, WEIGHT_DECAY, Task, Work, asked
 from distrib.memory import keep_freed_memory
 from distrib.precision import choose_precision
-
-CPU = torch.device("cpu")
 
 
 def batches(task: Task, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -30,9 +26,7 @@ def batches(task: Task, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]
         made = task.batches(train=True, workers=0)
         yield from (batch for _ in range(task.epochs) for batch in made)
     else:
-        config = task.config
-        steps = Steps(len(task.source.train), config.batch_size, config.seed, rank, world)
-        yield from Loader(task.source, config, steps, CPU).train(range(task.total))
+        yield from task.loader(rank, world).train(range(task.total))
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from distrib.memory import keep_freed_memory
 from distrib.models import build_model, fit_whitening
 from distrib.precision import choose_precision
 
+CPU = torch.device("cpu")
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
@@ -62,7 +63,7 @@ class Task:
     @property
     def bf16(self) -> bool:
         """Whether a tuned peer computes in bf16: where the trainer would."""
-        return self.tuned and choose_precision(self.config.precision, torch.device("cpu"))[0] == "bf16"
+        return self.tuned and choose_precision(self.config.precision, CPU)[0] == "bf16"
 
     @property
     def layout(self) -> torch.memory_format:
@@ -72,9 +73,13 @@ class Task:
         """The trainer's network, with the trainer's initial weights, whitening included if that is asked for."""
         torch.manual_seed(self.config.seed)
         network = build_model(self.config.model, self.source.shape, len(self.source.classes))
-        steps = Steps(len(self.source.train), self.config.batch_size, self.config.seed, rank=0, world=1)
-        fit_whitening(network, Loader(self.source, self.config, steps, torch.device("cpu")).sample)
+        fit_whitening(network, self.loader().sample)
         return network.to(memory_format=self.layout)
+
+    def loader(self, rank: int = 0, world: int = 1) -> Loader:
+        """The trainer's own."""
+        steps = Steps(len(self.source.train), self.config.batch_size, self.config.seed, rank, world)
+        return Loader(self.source, self.config, steps, CPU)
 
     def images(self, *, train: bool, normalize: bool = True) -> "Pictures":
         """The data set as a peer's own documentation would have it: PIL images, or tensors if it is tuned."""

@@ -98,7 +98,7 @@ class Cluster:
     def waiting(self, gpus: int) -> float:
         """What a step lasts longer because the slowest of its ranks does, as a part of its compute time.
 
-        That is the expected maximum of so many normal numbers, within 1 % (Blom, 1958).
+        That is the expected maximum of so many normal numbers, within 1 % from 8 on (Blom, 1958).
         """
         return self.jitter * NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
 
