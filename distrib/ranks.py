@@ -48,6 +48,7 @@ def start(config: Config) -> tuple[Accelerator, str]:
 
     if gpus:
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
+        torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # else, some ways to convolve add in any order
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
     join("cuda" if gpus else "cpu", config)
     state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
