@@ -135,7 +135,8 @@ class Airbench(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.blocks(images)
-        logits: Tensor = self.head(self.dropout(features.amax(dim=(2, 3))))
+        largest = features.flatten(2).max(2).values  # amax's gradient, when compiled in bf16, is not finite (pytorch#195214)
+        logits: Tensor = self.head(self.dropout(largest))
         return logits / 9  # so that the first ones are small
 
 
