@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,9 +47,22 @@ def one_process() -> Iterator[None]:
 def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """`world` ranks of a program under torchrun, or one of plain python."""
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
-    environment = os.environ | SCRIPTS
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if world > torch.cuda.device_count() else {}
+    environment = os.environ | SCRIPTS | hidden
     command = [sys.executable, *program, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@contextmanager
+def waits_refused() -> Iterator[None]:
+    """Where there is a GPU, an error in what makes the host wait for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a feature that is a prototype, when it is used first
+        torch.cuda.is_available() and torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.is_available() and torch.cuda.set_sync_debug_mode("default")
 
 
 def points(run_dir: Path) -> dict[str, list[tuple[int, float]]]:

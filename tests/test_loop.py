@@ -96,6 +96,7 @@ class Tiny(nn.Sequential):
         )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.11's, of itself
 def test_a_compiled_network_trains_like_a_plain_one_and_its_weights_keep_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,8 +286,9 @@ def test_bf16_trains_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
     state = run(tmp_path, "precision=bf16")
     assert "precision bf16 (as asked)" in capsys.readouterr().out
     assert all(each.dtype == torch.float32 for each in state.network.parameters())
-    with Accelerator(cpu=True).autocast():
-        assert state.network.stem(torch.zeros(1, 1, 8, 8)).dtype == torch.bfloat16
+    accelerator = Accelerator()
+    with accelerator.autocast():
+        assert state.network.stem(torch.zeros(1, 1, 8, 8, device=accelerator.device)).dtype == torch.bfloat16
 
 
 def test_the_config_of_cifar10_trains_on_files_of_the_true_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     _, setup = ranks.start(Config(threads=asked, precision="no"))
     expected = asked if threads is None else max(1, int(len(os.sched_getaffinity(0)) * threads))
     assert torch.get_num_threads() == expected
