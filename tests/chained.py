@@ -26,7 +26,7 @@ def main(run_dir: str, kill: int, notes: Path) -> None:
     watched = loop.train_step
 
     def step(state: TrainState, *rest: object) -> None:
-        images: Tensor = seen.ids[-1]
+        images: Tensor = seen.ids[len(seen.batches)]
         with (notes / f"{world}_ranks_until_{kill}_rank_{rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": state.step, "images": images.tolist()}) + "\n")
         watched(state, *rest)  # type: ignore[arg-type]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import waits_refused
 from PIL import Image
 
 from distrib.config import Config, DataConfig
 from distrib.data import loaders
 from distrib.data.loaders import Batch, Loader, Resident, home
 from distrib.data.sources import Source, load_source
-from distrib.data.steps import Steps
+from distrib.data.steps import Share, Steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICES = [CPU, GPU] if torch.cuda.is_available() else [CPU]
@@ -128,22 +129,39 @@ def test_the_host_does_not_wait_for_a_gpu_to_have_a_batch(tmp_path: Path, folder
     data: Any = folder if name == "files" else replace(NOISE, resident=name)
     batches = loader(tmp_path, data, GPU).train(range(4))
     next(batches)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         assert len(list(batches)) == 3
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("share", "together", "small", "made"), [(5, 1, 2 << 20, 20), (5, 8, 2 << 20, 3), (5, 8, 2 * 5 * 64, 11)]
+)
+def test_shares_that_are_made_together_are_the_same_and_of_one_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int, together: int, small: int, made: int
+) -> None:
+    steps = range(280, 300)  # 7 of the first epoch, 13 of the second
+    monkeypatch.setattr(loaders, "TOGETHER", 1)
+    alone = train(loader(tmp_path, NOISE, share=share), steps)
+    monkeypatch.setattr(loaders, "TOGETHER", together)
+    monkeypatch.setattr(loaders, "SMALL", small)
+    times, normalize = [], loaders.Normalize.__call__
+    monkeypatch.setattr(loaders.Normalize, "__call__", lambda *args: times.append(1) or normalize(*args))
+    batches = train(loader(tmp_path, NOISE, share=share), steps)
+    assert_same(batches, alone)
+    assert len(times) == made
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
 
 
 def test_what_is_read_ahead_is_bounded(tmp_path: Path, folder: DataConfig) -> None:
     asked: list[int] = []
 
-    def steps(step: int) -> Any:
-        asked.append(step)
-        return Steps(23, 5, 3)(step)
+    class Counted(Steps):
+        def __call__(self, step: int) -> Share:
+            asked.append(step)
+            return super().__call__(step)
 
     opened = loader(tmp_path, folder)
-    opened.steps = steps  # type: ignore[assignment]
+    opened.steps = Counted(23, 5, 3)
     batches = opened.train(range(1000))
     next(batches)
     assert len(asked) <= loaders.AHEAD + 2

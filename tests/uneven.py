@@ -22,10 +22,10 @@ from distrib.data.augment import Augment
 from distrib.data.sources import SOURCES, Arrays, Source, digits
 from distrib.data.steps import Share
 
-TRAIN, VAL = 997, 101
+TRAIN, VAL, BATCH = 997, 101, 60
 KEYS = [
     "epochs=2",
-    "batch_size=60",
+    f"batch_size={BATCH}",
     "model.norm=group",
     "model.width=16",
     "precision=no",
@@ -87,7 +87,7 @@ def watch(seen: Seen) -> None:
     augment, step = Augment.__call__, train_step
 
     def noted(self: Augment, images: Tensor, share: Share) -> Tensor:
-        seen.ids.append(share.images.clone())
+        seen.ids += share.images.split(BATCH // ranks.launched_world())  # those of several steps may come together
         return augment(self, images, share)
 
     def stepped(state: loop.TrainState, batch: loaders.Batch, *rest: object) -> None:

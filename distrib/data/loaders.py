@@ -1,9 +1,10 @@
 """Batches on the device: the images of each step, whether their set is in memory or workers read it from files."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, islice, tee
+from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ AUTO_PART = 0.25  # of a device's free memory: what a set may take there if it i
 # How workers are started. The server that Python 3.14 has for that on Linux would die of a launcher's signal, and they with it.
 START = "fork" if sys.platform == "linux" else None
 AHEAD = 4  # shares that workers have read, or are reading, beyond the one that is computed
+# Small shares of a set in memory are made together, so many and of so many bytes at most: a GPU's host takes as long for one.
+TOGETHER, SMALL = 8, 2 << 20
 
 Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels
 
@@ -161,8 +164,16 @@ class Loader:
         self.sets = opened(source.train, whole, config.data.crop_area), opened(source.val, mine, None)
 
     def train(self, steps: range) -> Iterator[Batch]:
-        for share, images, labels in self.sets[0].read(map(self.steps, steps)):
-            yield Batch(self.normalize(self.augment(images, share)), labels)
+        for share, images, labels in self.sets[0].read(self._together(steps)):
+            yield from Batch(self.normalize(self.augment(images, share)), labels).split(len(labels) // self.steps.share)
+
+    def _together(self, steps: range) -> Iterator[Share]:
+        """The shares of these steps, those of several in one where that is worth it and they are of one epoch."""
+        size = self.steps.share * math.prod(self.source.shape)
+        most = max(1, min(TOGETHER, SMALL // size)) if isinstance(self.sets[0], Resident) else 1
+        for epoch, shares in groupby(map(self.steps, steps), lambda share: share.epoch):
+            while several := list(islice(shares, most)):
+                yield Share(epoch, torch.cat([share.images for share in several]))
 
     def sample(self, pixels: int = 1 << 20) -> Tensor:
         """Training images, neither moved nor mirrored, spread over the set, of about so many pixels: the same for each rank."""
