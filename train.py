@@ -21,6 +21,7 @@ from distrib.memory import keep_freed_memory, out_of_memory_told, parts_that_fit
 from distrib.metrics import zeros
 from distrib.models import build_model, fit_whitening
 from distrib.optim import build_average, build_optimizer, build_schedule
+from distrib.replay import Replay, replayable
 from distrib.sharing import load_shared
 from distrib.state import TrainState, about, progress, restore
 from distrib.watch import Watch
@@ -46,9 +47,11 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
         network = ranks.first(lambda leads: build_model(config.model, source.shape, len(source.classes))).to(device)
         fit_whitening(network, loader.sample)
         average = build_average(network, config.optim.average_decay)
-        optimizer = build_optimizer(network, config.optim, fused=accelerator.scaler is None)
+        scaled = accelerator.scaler is not None
+        optimizer = build_optimizer(network, config.optim, fused=not scaled)
         model, optimizer = ranks.prepared(accelerator, network, optimizer, config)
-        state = TrainState(model, network, optimizer, average, zeros(device))
+        replay = Replay(wanted=replayable(config, device, world, scaled=scaled), undo=optimizer.zero_grad)
+        state = TrainState(model, network, optimizer, average, zeros(device), replay=replay)
         state.micro_batches, cut = parts_that_fit(config, state, steps.share, source.shape, accelerator)
 
         with folder.held(config, longer=longer) as note:

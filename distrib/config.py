@@ -125,6 +125,7 @@ class Config(Checked):
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = key(
         "no", "torch.compile's mode for the network: minutes at the start, less time in each step on a GPU"
     )
+    cuda_graph: bool = key(True, "on one GPU: record a step's work once, then replay it; the numbers are the same", free=True)
     views: Literal[1, 2, 6] = key(1, "of an image in an evaluation: 2 mirrors it too, 6 also moves it; logits are averaged")
     comm_hook: Literal["no", "bf16", "fp16"] = key("no", "what gradients are rounded to while the ranks exchange them")
     cudnn_benchmark: bool = key(False, "on a GPU, time cuDNN's ways to convolve: then two runs may differ in bits", free=True)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ def report(state: TrainState, rate: float, run: Run) -> None:
     values |= {"lr": rate, "images_per_second": run.watch.lap() * run.config.batch_size}
     if state.skipped_steps or state.scaler:
         values["skipped_steps"] = state.skipped_steps
+    if state.replay.failure:
+        run.log.warn(state.replay.failure)
+        state.replay.failure = ""
     run.log.training(state.step, values)
     state.sums.zero_()
 
@@ -107,14 +111,23 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def train_step(state: TrainState, batch: Batch, rate: float, config: Config, accelerator: Accelerator) -> None:
-    """One optimizer step on this rank's share of a batch, in `state.micro_batches` parts.
+    """One optimizer step on this rank's share of a batch. Nothing here waits for the device, but for the scaler of fp16.
 
-    Nothing here waits for the device, but for the scaler of fp16.
+    What depends on the step and is not a tensor belongs here: one GPU records what `learn` does, and replays that.
+    """
+    seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
+    set_learning_rate(state.optimizer, rate)
+    told = state.replay(partial(learn, state, config, accelerator), batch)
+    state.told.append(Told(told, [len(labels) for _, labels in batch.split(state.micro_batches)]))
+    state.step += 1
+
+
+def learn(state: TrainState, config: Config, accelerator: Accelerator, batch: Batch) -> list[Tensor]:
+    """Change the weights by what a batch, in `state.micro_batches` parts, teaches; returns what `Told` keeps.
 
     Each part's loss has the weight of its images, so parts may be uneven: the gradient is that of the whole batch. If that
     is not finite, on any rank, no rank's weights change.
     """
-    seed_dropout(fold(config.seed, DROPOUT, state.step, accelerator.process_index), accelerator.device)
     reversible = config.nonfinite == "skip" or state.scaler
     statistics = [(each, each.clone()) for each in state.network.buffers()] if reversible else []
     told: list[Tensor] = []
@@ -130,14 +143,12 @@ def train_step(state: TrainState, batch: Batch, rate: float, config: Config, acc
             scaled.backward(gradient=share + 0 * loss.detach())
         told += plain.detach(), hits(logits, labels)
 
-    set_learning_rate(state.optimizer, rate)
     withheld, odd = update(state, config, accelerator)
     for buffer, before in statistics:
         buffer.copy_(torch.where(withheld == 0, buffer, before))
     if state.average is not None:
         move_average(*state.averaged, config.optim.average_decay)
-    state.told.append(Told([odd, *told], [len(labels) for _, labels in parts]))
-    state.step += 1
+    return [odd, *told]
 
 
 def update(state: TrainState, config: Config, accelerator: Accelerator) -> tuple[Tensor, Tensor]:

@@ -55,8 +55,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True
         {"params": vectors, "scale": config.bias_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    on_gpu = fused and parameters[0].is_cuda
+    for group in groups if on_gpu else ():
+        group["lr"] = torch.tensor(config.lr, device=parameters[0].device)  # where a step that is replayed reads it anew
     if config.name == "adamw":
-        return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
+        return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused, capturable=on_gpu)
     optimizer = Muon if muon else partial(SGD, nesterov=config.momentum > 0)
     return with_momentum(optimizer(groups, config.lr, config.momentum, fused=fused))
 
@@ -84,4 +87,7 @@ def move_average(means: list[Tensor], values: list[Tensor], decay: float) -> Non
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["scale"])
+        else:
+            group["lr"] = rate * group["scale"]

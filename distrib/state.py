@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from distrib import ranks
 from distrib.checkpoint import NUMBERS, TENSORS, Damaged, Snapshot, newest, sha256
 from distrib.config import Config, UserError, digest
+from distrib.replay import Replay
 
 # A checkpoint's numbers, with their types in JSON.
 NUMBER_TYPES = {"step": int, "top1": float, "evaluated_step": int, "best_top1": float, "best_step": int, "skipped_steps": int}
@@ -49,6 +50,7 @@ class TrainState:
     kept_seconds: float = 0.0  # of steps and evaluations that led here
     micro_batches: int = 1  # parts that a share is cut into
     told: list[Told] = field(default_factory=list)  # by the steps since they were last looked at
+    replay: Replay = field(default_factory=Replay)  # of a step's work, on one GPU
 
     @property
     def scaler(self) -> Any:

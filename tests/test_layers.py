@@ -16,6 +16,7 @@ LAYERS = [  # each may import from those below it
     ["distrib/watch.py", "distrib/memory.py", "distrib/health.py", "distrib/scale/network.py"],
     ["distrib/log.py", "distrib/folder.py", "distrib/provenance.py", "distrib/sharing.py"],
     ["distrib/state.py", "distrib/vote.py"],
+    ["distrib/replay.py"],
     ["distrib/ranks.py", "distrib/metrics.py", "distrib/optim.py", "distrib/models.py", "distrib/data/loaders.py"],
     [
         "distrib/precision.py",

@@ -1,0 +1,67 @@
+"""A step's work on a GPU, recorded once as a CUDA graph and then replayed: the host starts one thing in place of hundreds.
+
+A small network's kernels take a GPU less time than it takes the host to start them, one by one. What is replayed are the same
+kernels on the same memory, so that the numbers are the same, too.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distrib.config import Config, one_line
+from distrib.data.loaders import Batch
+
+WARM_UP = 3  # steps before the recording: in the first ones, libraries and optimizers make what they keep
+
+Work = Callable[[Batch], list[Tensor]]  # all that a step has a device do with a batch, and the scalars that come of it
+
+
+def replayable(config: Config, device: torch.device, world: int, *, scaled: bool) -> bool:
+    """Whether a step's work can be recorded: on one GPU, if the host waits for none of it and no part is a graph already.
+
+    It waits for the scaler if gradients are `scaled`, as in fp16.
+    """
+    alone = device.type == "cuda" and world == 1
+    return config.cuda_graph and alone and not scaled and config.compile in ("no", "default")
+
+
+class Recording:
+    """A CUDA graph of some work, the memory from which it takes a batch, and that in which it leaves its scalars."""
+
+    def __init__(self, work: Work, like: Batch) -> None:
+        self.batch, self.graph = Batch(*map(torch.empty_like, like)), torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile, such as writing a checkpoint, is not part of it.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.scalars = torch.stack(work(self.batch))
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        for place, tensor in zip(self.batch, batch, strict=True):
+            place.copy_(tensor)
+        self.graph.replay()
+        return list(self.scalars.clone().unbind())
+
+
+class Replay:
+    """Does the work of each step: the first few times as it is, then, if that is `wanted`, by replaying a recording of it.
+
+    If it cannot be recorded, `undo` takes back what the attempt has left, `failure` says why, and all goes on without.
+    """
+
+    def __init__(self, *, wanted: bool = False, undo: Callable[[], None] = lambda: None) -> None:
+        self.wanted, self.undo, self.steps, self.failure = wanted, undo, 0, ""
+        self.recording: Recording | None = None
+
+    def __call__(self, work: Work, batch: Batch) -> list[Tensor]:
+        if self.recording:
+            return self.recording(batch)
+        self.steps += 1
+        if not self.wanted or self.steps <= WARM_UP:
+            return work(batch)
+        try:
+            self.recording = Recording(work, batch)  # nothing is computed yet
+        except RuntimeError as error:  # something in it waits for the GPU, or there is no memory for it
+            self.wanted, self.failure = False, f"a step cannot be recorded, so cuda_graph is off: {one_line(error)}"
+            self.undo()
+            return work(batch)
+        return self.recording(batch)

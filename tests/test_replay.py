@@ -1,0 +1,129 @@
+"""A step's work that is recorded and replayed. Without a GPU, what stands for a recording does the work again each time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same
+from test_loop import ALL, run, run_killed
+from torch import Tensor
+
+from distrib import loop, replay
+from distrib.config import Config
+from distrib.data.loaders import Batch
+from distrib.loop import TrainState
+from distrib.replay import WARM_UP, Recording, Replay, Work, replayable
+
+GPU = torch.cuda.is_available()
+MORE = ["nonfinite=skip", "micro_batches=3", "optim.clip_norm=1"]
+
+
+class Again:
+    """Takes a batch and gives scalars where a recording has them, and has none of the tensors of the step that calls it."""
+
+    def __init__(self, work: Work, like: Batch) -> None:
+        self.work, self.batch = work, Batch(*map(torch.zeros_like, like))
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        for place, tensor in zip(self.batch, batch, strict=True):
+            place.copy_(tensor)
+        return list(torch.stack(self.work(self.batch)).unbind())
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that are made, on a GPU if there is one."""
+    made: list[Any] = []
+
+    def recording(*args: Any) -> Any:
+        made.append((Recording if GPU else Again)(*args))
+        return made[-1]
+
+    monkeypatch.setattr(replay, "Recording", recording)
+    if not GPU:
+        monkeypatch.setattr("train.replayable", lambda config, *_, **__: config.cuda_graph)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "keys"),
+    [("sgd", []), ("sgd", [*ALL, *MORE]), ("adamw", [*ALL, *MORE]), ("muon", ALL), ("sgd", ["precision=bf16"])],
+)
+def test_a_run_whose_steps_are_replayed_is_the_same_bit_by_bit(
+    tmp_path: Path, recordings: list[Any], optimizer: str, keys: list[str]
+) -> None:
+    keys = [f"optim.name={optimizer}", "optim.lr=0.01", *keys]
+    run(tmp_path / "plain", "cuda_graph=false", *keys)
+    assert recordings == []
+    state = run(tmp_path / "replayed", *keys)
+    assert len(recordings) == 1
+    assert (state.replay.recording, state.replay.steps) == (recordings[0], WARM_UP + 1)
+    assert_same(tmp_path / "replayed", tmp_path / "plain")
+
+
+def test_a_run_that_is_killed_is_recorded_anew_and_goes_on_bit_by_bit(
+    tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", *ALL)
+    run_killed(monkeypatch, 30, tmp_path / "killed", *ALL)
+    run(tmp_path / "killed", *ALL)
+    assert len(recordings) == 3
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_step_that_cannot_be_recorded_is_told_of_and_the_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update, attempts = loop.update, list[bool]()
+
+    def waiting(state: TrainState, *rest: Any) -> Any:
+        if GPU:
+            state.weights[0].sum().item()  # allowed, but not while it is recorded
+        elif attempts and attempts[-1]:
+            raise RuntimeError("it waits")
+        return update(state, *rest)
+
+    class Attempt(Again):
+        def __init__(self, work: Work, like: Batch) -> None:
+            attempts.append(True)
+            try:
+                work(like)  # which fails when its gradients are there
+            finally:
+                attempts.append(False)
+
+    monkeypatch.setattr(loop, "update", waiting)
+    run(tmp_path / "plain", "cuda_graph=false", "model.norm=group")
+    capsys.readouterr()
+    if not GPU:
+        monkeypatch.setattr(replay, "Recording", Attempt)
+        monkeypatch.setattr("train.replayable", lambda *_, **__: True)
+    state = run(tmp_path / "waits", "model.norm=group")  # without buffers, which a CPU's attempt would change
+    assert (state.replay.recording, state.replay.wanted) == (None, False)
+    assert capsys.readouterr().out.count("warning: a step cannot be recorded, so cuda_graph is off: ") == 1
+    assert_same(tmp_path / "waits", tmp_path / "plain")
+
+
+def test_what_is_not_wanted_is_never_recorded(recordings: list[Any]) -> None:
+    batch, steps = Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)), Replay()
+    for _ in range(2 * WARM_UP):
+        assert steps(lambda batch: [batch.images.sum()], batch) == [0]
+    assert recordings == []
+
+
+@pytest.mark.parametrize(
+    ("device", "world", "scaled", "keys", "expected"),
+    [
+        ("cuda", 1, False, {}, True),
+        ("cuda", 1, False, {"compile": "default"}, True),
+        ("cuda", 1, False, {"compile": "reduce-overhead"}, False),
+        ("cuda", 1, False, {"cuda_graph": False}, False),
+        ("cuda", 2, False, {}, False),
+        ("cuda", 1, True, {}, False),
+        ("cpu", 1, False, {}, False),
+    ],
+)
+def test_steps_of_one_gpu_are_replayed_unless_something_in_them_waits(
+    device: str, world: int, scaled: bool, keys: Any, expected: bool
+) -> None:
+    assert replayable(Config(**keys), torch.device(device), world, scaled=scaled) == expected
