@@ -18,8 +18,10 @@ from distrib import loop, models, ranks
 from distrib.config import load_config
 from distrib.data import sources
 from distrib.data.sources import Arrays, Source
+from distrib.replay import WARM_UP
 
 NEVER = 10**9
+STEADY = WARM_UP + 1  # the step from which on each is like the one before
 WAITED = "called a synchronizing"  # what torch warns of, where set_sync_debug_mode asks for that
 Record = dict[str, Any]
 
@@ -68,10 +70,10 @@ class Null(nn.Module):
         return logits
 
 
-def tax(quick: bool) -> Record:
+def tax(quick: bool, *keys: str) -> Record:
     """Seconds of a step in the trainer's loop, reports included, and in a bare one over the same batches."""
     models.OWN["cnn"] = Null
-    steps, told = (60 if quick else 4000), Record()
+    steps, told = (60 if quick else 2000), Record()
     fit, validate = loop.fit, loop.validate
 
     def twice(state: Any, run: Any) -> str:
@@ -98,30 +100,23 @@ def tax(quick: bool) -> Record:
         return stopped
 
     train.fit = twice  # type: ignore[attr-defined]
-    keys = ["batch_size=8", f"epochs={steps / 179}", "precision=no", f"eval_every={NEVER}", f"save_every={NEVER}"]
+    own = ["batch_size=8", f"epochs={steps / 179}", "precision=no", f"eval_every={NEVER}", f"save_every={NEVER}"]
     with tempfile.TemporaryDirectory() as folder:
-        train.train(load_config([f"run_dir={folder}/run", *keys]))
+        train.train(load_config([f"run_dir={folder}/run", *own, *keys]))
     return told
 
 
-def steps(quick: bool, name: str, size: str, batch: str, mode: str, count: str) -> Record:
+def steps(quick: bool, name: str, size: str, batch: str, count: str, *keys: str) -> Record:
     """Train on noise: seconds of a step, of which the GPU had work, and how often in a step the host waited for it."""
     total, images = 16 if quick else int(count), 60_000 if size == "28" else 4_096
     shape = (1 if size == "28" else 3, int(size), int(size))
     sources.SOURCES["noise"] = lambda *_: noise(shape, images)
     meter = Meter(loop.train_step, total)
     loop.train_step = meter  # type: ignore[assignment]
-    keys = [
-        "data.name=noise",
-        f"model.name={name}",
-        "model.width=32",
-        f"batch_size={batch}",
-        f"compile={mode}",
-        "data.flip=random",
-    ]
-    keys += [f"epochs={total / (images // int(batch))}", f"log_every={NEVER}", f"eval_every={NEVER}", f"save_every={NEVER}"]
+    own = ["data.name=noise", "data.flip=random", f"model.name={name}", f"batch_size={batch}"]
+    own += [f"epochs={total / (images // int(batch))}", f"log_every={NEVER}", f"eval_every={NEVER}", f"save_every={NEVER}"]
     with tempfile.TemporaryDirectory() as folder:
-        train.train(load_config([*keys, f"run_dir={folder}/run"]))
+        train.train(load_config([*own, *keys, f"run_dir={folder}/run"]))
     return meter.found
 
 
@@ -137,14 +132,14 @@ class Meter:
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
     def __call__(self, state: Any, *rest: Any) -> None:
-        if state.step == 2:  # what is made once has been made
+        if state.step == STEADY:
             self.waits = self.caught.__enter__()
             self.look("warn")  # which warns, once, that it does not find all of them
             warnings.simplefilter("always")
         elif state.step == self.clocked:
             self.look("default")
             self.caught.__exit__(None, None, None)
-            self.found["syncs"] = sum(WAITED in str(each.message) for each in self.waits or ()) / (self.clocked - 2)
+            self.found["syncs"] = sum(WAITED in str(each.message) for each in self.waits or ()) / (self.clocked - STEADY)
             wait()
             self.began = perf_counter()
         elif state.step == self.profiled:
