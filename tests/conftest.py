@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parent.parent
 PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}  # for programs in tests/ that train as train.py does
+# Tests that start processes start up to three ranks: they are on the CPUs of a machine that has fewer GPUs.
+ON_CPUS = {} if torch.cuda.device_count() >= 3 else {"CUDA_VISIBLE_DEVICES": ""}
+SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"} | ON_CPUS  # for programs in tests/ that train as train.py does
 LONG = ("test_survival.py", "test_slurm.py")
 SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_every=5"]  # a run of a second or two
 
@@ -47,8 +49,7 @@ def one_process() -> Iterator[None]:
 def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """`world` ranks of a program under torchrun, or one of plain python."""
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if world > torch.cuda.device_count() else {}
-    environment = os.environ | SCRIPTS | hidden
+    environment = os.environ | SCRIPTS
     command = [sys.executable, *program, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, launch, points, weights
+from conftest import ON_CPUS, ROOT, SMALL, launch, points, weights
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -171,7 +171,7 @@ def test_help_and_print_config_are_told_and_nothing_is_trained(
 def start(launcher: list[str], *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [*launcher, *args]
-    environment = os.environ | {"PATH": path}
+    environment = os.environ | ON_CPUS | {"PATH": path}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, assert_same, launch, weights
+from conftest import ON_CPUS, ROOT, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
@@ -34,7 +34,8 @@ class Run:
         path = f"{Path(LAUNCHERS['python'][0]).parent}:{os.environ['PATH']}"
         with self.log.open("w") as log:
             command = [*LAUNCHERS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
-            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+            environment = os.environ | ON_CPUS | {"PATH": path}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def said(self) -> str:
         return self.log.read_text()
