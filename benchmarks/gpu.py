@@ -65,18 +65,19 @@ def page(device: str, gpus: int, quick: bool, data: list[str], scratch: Path) ->
     yield f"# {device}\n\n`python benchmarks/gpu.py`, {max(gpus, 1)} GPU, {versions}\n"
     yield "| ceiling | |\n|---|---|"
     yield ceilings(child("ceilings", quick=quick))
-    for key in ("", WITHOUT):
-        yield f"| a step of a linear layer on 8x8 pixels {key} | {tax(child('tax', *key.split(), quick=quick))} |"
+    for how, keys in (("", []), (f", {WITHOUT}", [WITHOUT])):
+        yield f"| a step of a linear layer on 8x8 pixels{how} | {tax(child('tax', *keys, quick=quick))} |"
+    yield f"| import torch, torchvision, accelerate | {importing()} |"
     yield "\n| recipe | seeds | top-1 | seconds of steps and evaluation | from process start to end |\n|---|---|---|---|---|"
-    for keys, seeds in RECIPES:
-        yield recipe(keys, data, seeds=1 if quick else seeds, scratch=scratch, quick=quick)
+    for changed, seeds in RECIPES:
+        yield recipe(changed, data, seeds=1 if quick else seeds, scratch=scratch, quick=quick)
     yield "\n| network, images | GPUs | batch | with | images/s | GPU idle | host syncs |\n|---|---|---|---|---|---|---|"
-    for name, size, batch, count, keys in trained(quick):
-        for ranks in sorted({1, max(gpus, 1)}) if not keys else (1,):
+    for name, size, batch, count, key in trained(quick):
+        for ranks in sorted({1, max(gpus, 1)}) if not key else (1,):
             late = perf_counter() - began > LATE
-            words = ("steps", name, str(size), str(batch * ranks), str(count), *keys.split())
+            words = ("steps", name, str(size), str(batch * ranks), str(count), *key.split())
             said = {"failed": "left out, since it was late"} if late else child(*words, quick=quick, ranks=ranks)
-            yield row(name, size, batch * ranks, ranks, keys, said)
+            yield row(name, size, batch * ranks, ranks, key, said)
     yield f"\nAll of this took {(perf_counter() - began) / 60:.1f} minutes."
 
 
@@ -97,8 +98,15 @@ def tax(said: Record) -> str:
     return f"{told}: tax {1e6 * (said['the trainer'] - said['bare loop']):.0f} us"
 
 
+def importing() -> str:
+    """How long it takes, which is part of every run's start."""
+    began = perf_counter()
+    failure, _ = ended([sys.executable, "-c", "import torch, torchvision, accelerate"])
+    return f"failed: {failure}" if failure else f"{perf_counter() - began:.1f} s"
+
+
 def trained(quick: bool) -> list[tuple[str, int, int, int, str]]:
-    """Name, pixels, images of a GPU in each step, steps, and keys."""
+    """Name, pixels, images of a GPU in each step, steps, and a key."""
     if quick:
         return [("airbench", 28, 8, 0, "")]
     large, middle, small = ("resnet50", 224, 256, 60), ("resnet18", 28, 1024, 150), ("airbench", 28, 1000, 300)
@@ -106,12 +114,12 @@ def trained(quick: bool) -> list[tuple[str, int, int, int, str]]:
     return [*rows, *((*each, "compile=default") for each in (large, small, middle)), (*large, "cudnn_benchmark=true")]
 
 
-def row(name: str, size: int, batch: int, ranks: int, keys: str, record: Record) -> str:
+def row(name: str, size: int, batch: int, ranks: int, key: str, record: Record) -> str:
     if "failed" in record:
-        return f"| {name}, {size} px | {ranks} | {batch} | {keys} | {record['failed']} | | |"
+        return f"| {name}, {size} px | {ranks} | {batch} | {key} | {record['failed']} | | |"
     idle = f"{max(0.0, 1 - record['busy'] / record['step']):.1%}" if record["busy"] else "-"
     rate = f"{batch / record['step']:,.0f}"
-    return f"| {name}, {size} px | {ranks} | {batch} | {keys} | {rate} | {idle} | {record['syncs']:g} a step |"
+    return f"| {name}, {size} px | {ranks} | {batch} | {key} | {rate} | {idle} | {record['syncs']:g} a step |"
 
 
 def recipe(keys: str, data: list[str], seeds: int, scratch: Path, *, quick: bool) -> str:
