@@ -39,8 +39,8 @@ class Muon(SGD):
                 if weight.grad is None:
                     continue
                 buffer = self.state[weight]["momentum_buffer"]
-                moved = buffer * group["inertia"] + weight.grad
-                step = orthogonal((weight.grad + moved * group["inertia"]).flatten(1)).view_as(weight)
+                moved = weight.grad.add(buffer, alpha=group["inertia"])
+                step = orthogonal(weight.grad.add(moved, alpha=group["inertia"]).flatten(1)).view_as(weight)
                 weight.grad.copy_(step)  # in place: DDP's gradients are parts of its buckets
                 buffer.copy_(moved if found is None else torch.where(found == 1, buffer, moved))
         super().step()
@@ -54,6 +54,6 @@ def orthogonal(matrix: Tensor, rounds: int = ROUNDS) -> Tensor:
     x = x / (x.norm() + 1e-7)
     for _ in range(rounds):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram gram) x
     found: Tensor = x.T if tall else x
     return found
