@@ -102,7 +102,7 @@ def importing() -> str:
     """How long it takes, which is part of every run's start."""
     began = perf_counter()
     failure, _ = ended([sys.executable, "-c", "import torch, torchvision, accelerate"])
-    return f"failed: {failure}" if failure else f"{perf_counter() - began:.1f} s"
+    return failure or f"{perf_counter() - began:.1f} s"
 
 
 def trained(quick: bool) -> list[tuple[str, int, int, int, str]]:
@@ -131,7 +131,7 @@ def recipe(keys: str, data: list[str], seeds: int, scratch: Path, *, quick: bool
         command = [sys.executable, "train.py", "configs/fashion_mnist_fast.yaml", *keys.split(), *data, *own]
         failure, _ = ended(command)
         if failure:
-            return f"| fashion_mnist_fast {keys} | {seeds} | failed: {failure} | | |"
+            return f"| fashion_mnist_fast {keys} | {seeds} | {failure} | | |"
         status = json.loads((run_dir / "status.json").read_text())
         walls.append(perf_counter() - began)
         top1.append(status["top1"])
@@ -149,7 +149,7 @@ def child(part: str, *args: str, quick: bool, ranks: int = 1) -> Record:
     command = [sys.executable, *several, "-m", "benchmarks.gpu_parts", part, str(int(quick)), *args]
     failure, said = ended(command)
     if failure:
-        return {"failed": f"failed: {failure}"}
+        return {"failed": failure}
     told: Record = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     return told
 
@@ -159,12 +159,12 @@ def ended(command: list[str]) -> tuple[str, str]:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return f"not done after {PATIENCE:.0f} s", ""
+        return f"failed: not done after {PATIENCE:.0f} s", ""
     if not done.returncode:
         return "", done.stdout
     print(done.stderr, file=sys.stderr, flush=True)
     lines = done.stderr.strip().splitlines() or ["no word"]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1])[:200], ""
+    return "failed: " + next((line for line in reversed(lines) if "Error" in line), lines[-1])[:200], ""
 
 
 if __name__ == "__main__":

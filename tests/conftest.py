@@ -57,13 +57,16 @@ def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.Co
 @contextmanager
 def waits_refused() -> Iterator[None]:
     """Where there is a GPU, an error in what makes the host wait for it."""
+    if not torch.cuda.is_available():
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a feature that is a prototype, when it is used first
-        torch.cuda.is_available() and torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.is_available() and torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def points(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
