@@ -5,6 +5,7 @@ kernels on the same memory, so that the numbers are the same, too.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -31,15 +32,31 @@ class Recording:
 
     def __init__(self, work: Work, like: Batch) -> None:
         self.batch, self.graph = Batch(*map(torch.empty_like, like)), torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, such as writing a checkpoint, is not part of it.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.scalars = torch.stack(work(self.batch))
+        stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        try:
+            # thread_local: what other threads do meanwhile, such as writing a checkpoint, is not part of it.
+            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
+                self.scalars = torch.stack(work(self.batch))
+        except RuntimeError:
+            abandon(stream, pool)
+            raise
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         for place, tensor in zip(self.batch, batch, strict=True):
             place.copy_(tensor)
         self.graph.replay()
         return list(self.scalars.clone().unbind())
+
+
+def abandon(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """Undo what the beginning of a recording does, where the recording failed: torch 2.11, for one, leaves that as it is."""
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # else dropout fails from now on
+    with suppress(RuntimeError):  # a newer torch has done this
+        torch._C._cuda_endAllocateToPool(device, pool)  # else memory that two streams have used is never free again
+        torch._C._cuda_releasePool(device, pool)
 
 
 class Replay:
@@ -63,5 +80,4 @@ class Replay:
         except RuntimeError as error:  # something in it waits for the GPU, or there is no memory for it
             self.wanted, self.failure = False, f"a step cannot be recorded, so cuda_graph is off: {one_line(error)}"
             self.undo()
-            return work(batch)
-        return self.recording(batch)
+        return self.recording(batch) if self.recording else work(batch)  # here, where the error keeps nothing any more

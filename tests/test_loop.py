@@ -1,6 +1,7 @@
 """The loop, in one process: steps, evaluation, going on after an interruption."""
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,7 @@ def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: s
         patched.setattr(loop, "train_step", step)
         with pytest.raises(Kill):
             run(run_dir, *args)
+    time.sleep(1 - time.time() % 1)  # the files of one process that begin in the same second are not in order for TensorBoard
 
 
 def plain_state(model: nn.Module, accelerator: Accelerator, config: OptimConfig) -> TrainState:

@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
 def main() -> None:
     task = asked(sys.argv[1:])
     work = Work(task)
-    workers = 1 if task.tuned else (os.cpu_count() or 1) // 2
+    workers = 1 if task.tuned else len(os.sched_getaffinity(0)) // 2
     model = Classifier(task, work)
     train = task.batches(train=True, workers=workers)
     val = task.batches(train=False, workers=workers) if task.validate else None
