@@ -123,7 +123,7 @@ class Config(Checked):
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 where the device is good at it")
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = key(
-        "no", "torch.compile's mode for the network: minutes at the start, less time in each step on a GPU"
+        "no", "torch.compile's mode for the network, faster on a GPU; there, two runs may then differ in bits"
     )
     cuda_graph: bool = key(True, "on one GPU: record a step's work once, then replay it; the numbers are the same", free=True)
     views: Literal[1, 2, 6] = key(1, "of an image in an evaluation: 2 mirrors it too, 6 also moves it; logits are averaged")
