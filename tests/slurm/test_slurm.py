@@ -182,6 +182,18 @@ def test_a_cancelled_job_stays_cancelled_and_its_checkpoint_is_there(slurm: Clus
     assert slurm.job(job.id)["JobState"] == "CANCELLED"
 
 
+def test_a_job_that_the_file_stops_is_over_and_the_same_line_goes_on(
+    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
+) -> None:
+    job = Job(slurm, root / "by_file", keys(root, 0)).reports()
+    (job.run_dir / "STOP").touch()
+    assert slurm.wait(job.id, "COMPLETED")["Restarts"] == "0"
+    assert re.search(r"^stopped by the file STOP after step \d+, which is saved", job.output.read_text(), re.M)
+    again = Job(slurm, root / "by_file", keys(root, 0))
+    assert slurm.wait(again.id, "COMPLETED")["Restarts"] == "0"
+    assert_same(job.run_dir, whole[2, 0])
+
+
 def test_of_a_job_array_only_the_element_that_is_stopped_goes_back_into_the_queue(
     slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
 ) -> None:
