@@ -60,7 +60,7 @@ def train(config: Config, *, longer: bool = False) -> TrainState:
             provenance.record(config, state.step)
             with (
                 Log(config, state.step, schedule.total, steps, silent=rank > 0) as log,
-                Saver(config, about(config, world), lambda taken: note("running", **progress(taken.numbers))) as saver,
+                Saver(config, about(config, world), lambda taken: note(**progress(taken.numbers))) as saver,
                 out_of_memory_told(state, config, rank),
             ):
                 log.opening(setup, source, network, [*warnings, *cut])

@@ -130,8 +130,8 @@ def refuse_another_run(config: Config, *, longer: bool = False) -> None:
         raise UserError(f"{config.run_dir} was begun with another {', '.join(differ.values())}: give another run_dir{more}")
 
 
-def note(run_dir: Path, state: str, **facts: Any) -> None:
-    """Bring status.json up to date; facts that are not given stay as they were.
+def note(run_dir: Path, state: str = "", **facts: Any) -> None:
+    """Bring status.json up to date; a state and facts that are not given stay as they were.
 
     `seconds` grows by the time since the last note, and `goodput` is the part of it that went into the saved state.
     """
@@ -139,7 +139,7 @@ def note(run_dir: Path, state: str, **facts: Any) -> None:
         path = run_dir / "status.json"
         known = noted(run_dir)
         seconds = known.get("seconds", 0.0) + max(0.0, time.time() - path.stat().st_mtime)
-        told = known | {"state": state, "seconds": round(seconds, 3)} | facts
+        told = known | ({"state": state} if state else {}) | {"seconds": round(seconds, 3)} | facts
         if told.get("kept_seconds") is not None:
             told["goodput"] = round(told["kept_seconds"] / seconds, 4)
         replace(path, json.dumps(told, indent=2) + "\n")
@@ -148,14 +148,18 @@ def note(run_dir: Path, state: str, **facts: Any) -> None:
 def ask_for_requeue(stopped_by: str) -> None:
     """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is to go on later.
 
-    Not if a person stopped it, by the file STOP or Ctrl-C: it would come back.
+    Not if a person stopped it, by the file STOP or Ctrl-C: it would come back. Every rank must call this. Raises RunError if
+    the file cannot be made.
     """
-    path = os.environ.get("REQUEUE_FILE")
+    path, failure = os.environ.get("REQUEUE_FILE"), ""
     if path and ranks.is_first() and stopped_by not in (StopVote.FILE, "SIGINT"):
         try:
             Path(path).touch()
         except OSError as error:
-            raise RunError(f"REQUEUE_FILE {path} cannot be made: {error.strerror}") from None
+            failure = f"REQUEUE_FILE {path} cannot be made: {error.strerror}"
+    failure = ranks.agreed(failure)
+    if failure:
+        raise RunError(failure)
 
 
 def noted(run_dir: Path) -> dict[str, Any]:

@@ -74,8 +74,10 @@ def guard_worker(worker: int, report: Path) -> None:
     """Let a loader worker end with its parent or by its hand, and by no other: launchers and SLURM signal every process.
 
     With a dead worker its rank could not go on to the step on which all of them stop. On SHOW_STACKS from its parent it
-    adds the stacks of its threads to `report`.
+    adds the stacks of its threads to `report`. Elsewhere than on Linux, signals cannot be told apart like this.
     """
+    if sys.platform != "linux":
+        return
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, SHOW_STACKS})

@@ -190,7 +190,7 @@ def validate(state: TrainState, run: Run) -> None:
     part = -(-run.loader.steps.share // state.micro_batches)  # images that are known to fit in memory at once
     with run.watch.during("evaluation"):
         for group, model in models.items():
-            values = evaluate(model, run.loader, part, run.config.views, run.accelerator)
+            values = state.replay.beside(partial(evaluate, model, run.loader, part, run.config.views, run.accelerator))
             run.log.validation(state.step, group, values)
             state.top1, state.evaluated_step = values["top1"], state.step
     if state.top1 > state.best_top1:
@@ -210,7 +210,7 @@ def evaluate(model: nn.Module, loader: Loader, part: int, count: int, accelerato
     model.eval()
     for images, labels in loader.val(part):
         with accelerator.autocast():
-            logits = torch.stack([weight * model(view) for weight, view in views(images, count)]).sum(0)
+            logits = torch.stack([weight * model(view).float() for weight, view in views(images, count)]).sum(0)
         sums += totals(logits, labels)
     model.train()
     sums = accelerator.reduce(sums)

@@ -16,6 +16,7 @@ from distrib.models import Shape
 from distrib.state import TrainState
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+RAN_OUT = "can't allocate memory", "out of memory", "ALLOC_FAILED"  # in words of torch's CPU, of CUDA, and of cuBLAS and cuDNN
 
 
 def keep_freed_memory() -> None:
@@ -47,7 +48,9 @@ def parts_that_fit(
         parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
     while True:
         refuse_graphs_of_parts(config.compile, parts, accelerator.device)
-        lacks = ranks.gathered(not fits(state, (-(-share // parts), *image), accelerator))
+        # The largest part takes the most memory. One of a single image, which ranks come upon together, may have no statistics.
+        sizes = [1] * (share // parts == 1 and parts < share) + [-(-share // parts)]
+        lacks = ranks.gathered(not all(fits(state, (size, *image), accelerator) for size in sizes))
         if not any(lacks):
             told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
             return parts, [told] if parts > 1 and asked == AUTO else []
@@ -69,7 +72,7 @@ def fits(state: TrainState, shape: tuple[int, int, int, int], accelerator: Accel
     """Whether a forward and a backward pass over images of this shape fit in memory. They leave no trace."""
     buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
     try:
-        # Room for what the optimizer will remember of each weight; SGD's momentum is one such number, Adam's are two.
+        # Room for the two numbers that Adam will remember of each weight, or for what else a step takes; momentum is there.
         room = [torch.empty_like(weight) for weight in state.network.parameters() for _ in range(2)]
         with accelerator.no_sync(state.model):
             images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
@@ -107,4 +110,4 @@ def out_of_memory_told(state: TrainState, config: Config, rank: int) -> Iterator
 
 def ran_out(error: Exception) -> bool:
     """Whether an error is that of a device, or of the machine, that has no more memory to give."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in RAN_OUT)

@@ -38,16 +38,24 @@ def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
     path = Path(config.weights)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix in (".pth", ".pt"):
-            tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return tensors
-        named: Any = models.get_model_weights(config.name)
-        found = named[config.weights].get_state_dict(progress=False, check_hash=True)
-        return {re.sub(DENSE_LAYER, r"\1\2", name): each for name, each in found.items()}
-    except KeyError:
-        raise UserError(
-            f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named.__members__)}"
-        ) from None
+            found: Any = load_file(path)
+        elif path.suffix in (".pth", ".pt"):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            found = _published(config).get_state_dict(progress=False, check_hash=True)
+            found = {re.sub(DENSE_LAYER, r"\1\2", name): each for name, each in found.items()}
+    except UserError:
+        raise
     except Exception as error:  # a file can be damaged, and a download can fail, in as many ways as their libraries have
         raise UserError(f"model.weights {config.weights} cannot be read: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"model.weights {config.weights} has a {type(found).__name__}, and not a network's state_dict()")
+    return {name: each for name, each in found.items() if isinstance(each, Tensor)}
+
+
+def _published(config: ModelConfig) -> Any:
+    """The weights that torchvision has for a network under that name. Raises UserError."""
+    named = models.get_model_weights(config.name).__members__
+    if config.weights not in named:
+        raise UserError(f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named)}")
+    return named[config.weights]

@@ -6,6 +6,7 @@ kernels on the same memory, so that the numbers are the same, too.
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from distrib.data.loaders import Batch
 
 WARM_UP = 3  # steps before the recording: in the first ones, libraries and optimizers make what they keep
 
+T = TypeVar("T")
 Work = Callable[[Batch], list[Tensor]]  # all that a step has a device do with a batch, and the scalars that come of it
 
 
@@ -49,13 +51,15 @@ class Recording:
 
 
 def abandon(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """Undo what the beginning of a recording does, where the recording failed: torch 2.11, for one, leaves that as it is."""
+    """Undo what the beginning of a recording has done, where the recording failed: torch leaves some of it."""
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())  # else dropout fails from now on
-    with suppress(RuntimeError):  # a newer torch has done this
-        torch._C._cuda_endAllocateToPool(device, pool)  # else memory that two streams have used is never free again
+    names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # from torch 2.8 on, and before
+    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+    with suppress(RuntimeError):  # from torch 2.13 on it is done already
+        end(device, pool)  # else memory that two streams have used is never free again
         torch._C._cuda_releasePool(device, pool)
 
 
@@ -81,3 +85,15 @@ class Replay:
             self.wanted, self.failure = False, f"a step cannot be recorded, so cuda_graph is off: {one_line(error)}"
             self.undo()
         return self.recording(batch) if self.recording else work(batch)  # here, where the error keeps nothing any more
+
+    def beside(self, work: Callable[[], T]) -> T:
+        """Do other work. If memory lacks for it, the recording is given up first, which holds on to that of a whole step."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self.recording:
+                raise
+        self.wanted, self.recording = False, None
+        self.failure = "there is no memory for an evaluation beside a recorded step, so cuda_graph is off"
+        torch.cuda.empty_cache()
+        return work()

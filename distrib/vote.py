@@ -1,7 +1,9 @@
 """When to stop: all ranks agree on the step, or they would wait for each other."""
 
+import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,15 @@ class StopVote:
         """Who asked all ranks to stop before `step`: a signal's name, or the file; "" if nobody did."""
         if step < self.next:
             return ""
-        wish = interrupt.asked() or (self.BY_FILE if ranks.is_first() and self.file.exists() else 0)
+        wish = interrupt.asked() or (self.BY_FILE if ranks.is_first() and os.path.exists(self.file) else 0)
         vote = torch.tensor([wish, self._pace(step) if ranks.is_first() else 0])
         if self.several:
             torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=self.group)
         wish, steps = vote.tolist()
         self.next = step + steps
         if wish == self.BY_FILE and ranks.is_first():
-            self.file.unlink(missing_ok=True)  # it has been heard
+            with suppress(OSError):
+                self.file.unlink()  # it has been heard
         return self.FILE if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
 
     def _pace(self, step: int) -> int:

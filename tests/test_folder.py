@@ -154,9 +154,10 @@ def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
         status = noted(tmp_path)
         assert status.items() >= {"state": "running", "step": 3, "attempts": 1}.items()
         assert status["goodput"] == pytest.approx(0.1 / status["seconds"], abs=1e-3)
-    with pytest.raises(ZeroDivisionError), held(config):
+    with pytest.raises(ZeroDivisionError), held(config) as note:
         1 / 0  # noqa: B018
-    failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2}
+    note(step=4)  # by a save that was under way
+    failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2, "step": 4}
     assert noted(tmp_path).items() >= failed.items()
     refuse_another_run(config)
 

@@ -61,6 +61,7 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["model.weights=/nowhere.pth"], "model.weights /nowhere.pth cannot be read"),
         (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),
         (["micro_batches=129"], "micro_batches 129 is more than the 128 images of a rank's share of a batch: use 128 or fewer"),
+        (["batch_size=3", "micro_batches=2"], "Expected more than 1 value per channel when training"),
         (["precision=fp16"], "precision=fp16 needs a GPU"),
         (["run_dir=/dev/null/run"], "run_dir /dev/null/run cannot be written: Not a directory"),
     ],

@@ -89,6 +89,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         assert got[tag] == expected[tag], tag
 
 
+def test_the_moving_average_is_evaluated_as_exactly_as_the_network(tmp_path: Path) -> None:
+    run(tmp_path, "precision=bf16", "views=2", "epochs=1", "optim.average_decay=1e-12")  # so it has the weights of the network
+    found = points(tmp_path)
+    assert found["val_average/loss"] == found["val/loss"]
+
+
 class Tiny(nn.Sequential):
     """A network for 8x8 pixels that is compiled in seconds."""
 

@@ -25,6 +25,18 @@ def test_what_a_step_frees_is_there_for_the_next_one() -> None:
     assert settled < size // resource.getpagesize() // 10
 
 
+def test_a_lack_of_memory_is_known_by_its_words() -> None:
+    lacks = [
+        "DefaultCPUAllocator: can't allocate memory: you tried",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when",
+    ]
+    assert all(memory.ran_out(RuntimeError(words)) for words in lacks)
+    assert memory.ran_out(torch.OutOfMemoryError())
+    assert memory.ran_out(MemoryError())
+    assert not memory.ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_of_parts_of_a_step_are_refused(mode: str) -> None:
     with pytest.raises(UserError, match=rf"compile={mode} does not go with micro_batches=2: use compile=default"):

@@ -1,5 +1,6 @@
 """What ranks do together."""
 
+import errno
 import itertools
 import json
 import os
@@ -88,6 +89,20 @@ def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
     assert vote(1) == "the file STOP"
     assert not (tmp_path / "STOP").exists()
     assert vote(vote.next) == ""
+
+
+def test_a_disk_that_fails_for_a_moment_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: object, **_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    ranks.start(Config(precision="no", threads=1))
+    vote = StopVote(Config(run_dir=str(tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stale)
+        assert vote(0) == ""
+    (tmp_path / "STOP").write_text("")
+    monkeypatch.setattr(os, "unlink", stale)
+    assert vote(vote.next) == "the file STOP"
 
 
 def test_each_attempt_has_a_name_of_its_own_whatever_the_dead_have_left_in_the_store() -> None:

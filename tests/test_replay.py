@@ -106,6 +106,26 @@ def test_a_step_that_cannot_be_recorded_is_told_of_and_the_run_is_the_same(
     assert_same(tmp_path / "waits", tmp_path / "plain")
 
 
+def test_a_recording_makes_room_for_an_evaluation(
+    tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "plain", *ALL)
+    evaluate, failed = loop.evaluate, list[bool]()
+
+    def greedy(*args: Any) -> Any:
+        if recordings and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError
+        return evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", greedy)
+    state = run(tmp_path / "full", *ALL)
+    assert (state.replay.recording, state.replay.wanted) == (None, False)
+    said = "warning: there is no memory for an evaluation beside a recorded step, so cuda_graph is off"
+    assert capsys.readouterr().out.count(said) == 1
+    assert_same(tmp_path / "full", tmp_path / "plain")
+
+
 def test_what_is_not_wanted_is_never_recorded(recordings: list[Any]) -> None:
     batch, steps = Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)), Replay()
     for _ in range(2 * WARM_UP):
