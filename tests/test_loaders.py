@@ -115,6 +115,21 @@ def test_workers_stay_from_one_evaluation_to_the_next_and_leave_with_the_loader(
     assert workers() == before
 
 
+def test_workers_leave_at_once_with_a_reading_that_is_broken_off(tmp_path: Path, folder: DataConfig) -> None:
+    """The garbage collector, if it is left to that, closes the queues first through which they hear of it."""
+    before = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        opened = loader(tmp_path, folder)
+        reading = opened.train(range(8))
+        next(reading)
+        assert len(set(multiprocessing.active_children()) - before) == 2
+        del opened, reading
+        assert set(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
+
+
 def test_a_reading_that_was_given_up_leaves_nothing_to_the_next_one(tmp_path: Path, folder: DataConfig) -> None:
     opened = loader(tmp_path, folder)
     whole = train(opened, range(8))
