@@ -48,8 +48,9 @@ def parts_that_fit(
         parts, why = min(ranks.agreed(noted(Path(config.run_dir)).get("micro_batches", 1)), share), "as at the last attempt"
     while True:
         refuse_graphs_of_parts(config.compile, parts, accelerator.device)
+        largest, smallest = -(-share // parts), share // parts
         # The largest part takes the most memory. One of a single image, which ranks come upon together, may have no statistics.
-        sizes = [1] * (share // parts == 1 and parts < share) + [-(-share // parts)]
+        sizes = (1, largest) if smallest == 1 < largest else (largest,)
         lacks = ranks.gathered(not all(fits(state, (size, *image), accelerator) for size in sizes))
         if not any(lacks):
             told = f"a rank's share of {share} images is cut into micro_batches={parts}: {why}; the batch is the same"
@@ -59,7 +60,7 @@ def parts_that_fit(
             raise RunError(f"rank {rank} has not enough memory for a step with a single image")
         if asked != AUTO:
             raise UserError(f"rank {rank} has no memory for micro_batches={parts}: use {min(2 * parts, share)}, or auto")
-        parts, why = min(2 * parts, share), f"rank {rank} has no memory for {-(-share // parts)} at once"
+        parts, why = min(2 * parts, share), f"rank {rank} has no memory for {largest} at once"
 
 
 def refuse_graphs_of_parts(compiled: str, parts: int, device: torch.device) -> None:
