@@ -1,8 +1,8 @@
 """Side by side with what a user would pick instead:  make bench [ARGS="[CELL ...] [--quick] [--rounds N] [--into FILE]"]
 
-Cells: throughput, tax, ranks, start, growth (these are run if none is named), accuracy; or table, which only writes the
-page anew. Every run is a process of its own and one line of FILE.jsonl; the page is FILE.md. Ends with 1 if a run failed, or if
-runs that are compared did not do the same work.
+Cells: throughput, tax, ranks, start, growth (these are run if none is named), accuracy, and gpu, which is throughput on the
+first GPU, while all others use none. Or table, which only writes the page anew. Every run is a process of its own and one line
+of FILE.jsonl; the page is FILE.md. Ends with 1 if a run failed, or if runs that are compared did not do the same work.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SERIES = ("train", "val", "stamps")  # too long for a record
 
 
 def chosen(name: str, *, quick: bool, folder: Path) -> Iterator[Cell]:
-    """The cells that a word stands for. Each takes one to two minutes a round, quick ones a few seconds."""
+    """The cells that a word stands for. Each takes one to four minutes a round, quick ones a few seconds. Raises RunError."""
     cores = len(os.sched_getaffinity(0))
     size = 32 if quick else 256
     epoch = 60_000 // size
@@ -40,6 +40,14 @@ def chosen(name: str, *, quick: bool, folder: Path) -> Iterator[Cell]:
         total, log_every = 4, 1
         keys = [root, "model.name=resnet18", f"batch_size={size}", f"save_every={NEVER}", *steps(total, log_every, epoch)]
         yield cells.throughput("resnet18", cores, 1.8, keys)
+    elif name == "gpu":
+        if not machine.gpus():
+            raise RunError("there is no GPU here: nvidia-smi names none")
+        total, log_every = (9, 3) if quick else (351, 117)
+        shared = [f"data.root={cells.subset(60_000, folder)}", f"batch_size={size}", *steps(total, log_every, epoch)]
+        for network in ("cnn", "resnet18"):  # with a checkpoint after an epoch, as by default
+            keys = [*shared, f"model.name={network}", f"save_every={epoch}"]
+            yield cells.throughput(network, cores, 1.0, keys, **cells.FIRST_GPU)
     elif name == "tax":
         yield cells.tax(300, 100) if quick else cells.tax(2500, 500)
     elif name == "ranks":
@@ -139,7 +147,7 @@ def accuracy(recipes: list[str], seeds: int, keys: list[str], book: Book) -> boo
 
 
 def asked() -> Any:
-    known = [*DEFAULT, "accuracy", "table"]
+    known = [*DEFAULT, "gpu", "accuracy", "table"]
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
     parser.add_argument("cells", nargs="*", metavar="CELL", help=", ".join(known))
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all of it runs")

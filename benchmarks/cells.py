@@ -13,6 +13,7 @@ from statistics import median
 from benchmarks.runs import ROOT, Record, RunError, peer, run, trainer
 
 NEVER = 10**9
+FIRST_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # for an environment; without it there is none
 PER_EPOCH = 60_000 // 256
 PEERS = {  # a package, and the program of benchmarks/peers/ that uses it
     "lightning": "lightning_trainer",
@@ -68,20 +69,22 @@ def microseconds(record: Record) -> float:
     return float(1e6 * record["seconds"] / record["timed"])
 
 
-def program(name: str, *flags: str, launcher: Sequence[str] = (sys.executable, "-m")) -> Callable[[Sequence[str]], Record]:
-    return partial(peer, [*launcher, f"benchmarks.peers.{name}", *flags])
+def program(
+    name: str, *flags: str, launcher: Sequence[str] = (sys.executable, "-m"), **environment: str
+) -> Callable[[Sequence[str]], Record]:
+    return partial(peer, [*launcher, f"benchmarks.peers.{name}", *flags], **environment)
 
 
-def package(name: str, *flags: str, cores: int = 0) -> Callable[[Sequence[str]], Record]:
+def package(name: str, *flags: str, cores: int = 0, **environment: str) -> Callable[[Sequence[str]], Record]:
     """A package of PEERS as it ships, or tuned for so many cores."""
     if cores:
         flags = ("--tuned", *flags)
     if name != "accelerate":
-        return program(PEERS[name], *flags)
+        return program(PEERS[name], *flags, **environment)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if cores:
         launcher += [
-            "--cpu",
+            *([] if environment == FIRST_GPU else ["--cpu"]),
             "--num_processes",
             "1",
             "--num_machines",
@@ -92,7 +95,7 @@ def package(name: str, *flags: str, cores: int = 0) -> Callable[[Sequence[str]],
             "no",
         ]
         launcher += ["--num_cpu_threads_per_process", str(cores)]
-    return program(PEERS[name], *flags, launcher=[*launcher, "-m"])
+    return program(PEERS[name], *flags, launcher=[*launcher, "-m"], **environment)
 
 
 OURS = partial(trainer, [sys.executable, "train.py"])
@@ -105,15 +108,17 @@ def steps(total: int, log_every: int, per_epoch: float = PER_EPOCH) -> list[str]
     return [f"epochs={total / per_epoch:.6f}", f"log_every={log_every}"]
 
 
-def throughput(network: str, cores: int, goal: float, keys: list[str]) -> Cell:
-    entries = [Entry("raw", program("raw")), Entry("ours", OURS), Entry("ours, again", OURS)]
+def throughput(network: str, cores: int, goal: float, keys: list[str], **environment: str) -> Cell:
+    ours = partial(OURS, **environment)
+    entries = [Entry("raw", program("raw", **environment)), Entry("ours", ours), Entry("ours, again", ours)]
     ratios = [CONTROL, Ratio("ours", "raw", 0.98, note="the ceiling")]
-    for style, of_peer, low in (("as shipped", package, goal), ("tuned", partial(package, cores=cores), 1.0)):
+    for style, tuned, low in (("as shipped", 0, goal), ("tuned", cores, 1.0)):
         for name in PEERS:
-            entries.append(Entry(f"{name}, {style}", of_peer(name), name))
+            entries.append(Entry(f"{name}, {style}", package(name, cores=tuned, **environment), name))
             ratios.append(Ratio("ours", f"{name}, {style}", low))
-    title = f"Throughput: {network} on Fashion-MNIST"
-    return Cell(f"throughput {network}", title, "images/s", entries, [*FASHION, *PLAIN, *keys], ratios, rate, tolerance=0.25)
+    where = "gpu" if environment else "throughput"
+    title = f"Throughput{' on a GPU' if environment else ''}: {network} on Fashion-MNIST"
+    return Cell(f"{where} {network}", title, "images/s", entries, [*FASHION, *PLAIN, *keys], ratios, rate, tolerance=0.25)
 
 
 def tax(total: int, log_every: int) -> Cell:

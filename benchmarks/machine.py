@@ -23,6 +23,11 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {_cores()} cores").strip("-")
 
 
+def gpus() -> list[str]:
+    """NVIDIA's, by name."""
+    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+
+
 def facts() -> list[str]:
     """Lines about the machine and what is installed on it; they hold as long as the bench runs."""
     info = _read("/proc/cpuinfo")
@@ -33,6 +38,7 @@ def facts() -> list[str]:
     versions = [f"{name} {_version(name)}" for name in PACKAGES]
     return [
         f"CPU: {cpu()} ({family}), {_cores()} cores to use; {', '.join(has)}",
+        *(f"GPU: {each}" for each in gpus()),
         f"Python {platform.python_version()}, {', '.join(versions)}; {platform.system()} {platform.release()}",
         f"commit {_commit()}",
     ]
@@ -60,11 +66,17 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    changed = _said("git", "status", "--porcelain", "--untracked-files=no")
+    commit = _said("git", "rev-parse", "--short", "HEAD") or "unknown"
+    return commit + (", with changes that are not committed" if changed else "")
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes that are not committed" if changed else "")
+
+def _said(*command: str) -> str:
+    """What a program says, or nothing if it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _read(path: str) -> str:

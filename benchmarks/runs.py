@@ -48,7 +48,7 @@ class Ran:
 def run(command: Sequence[str], **environment: str) -> Ran:
     """Run a process to its end. Raises RunError."""
     bin_dir = Path(sys.executable).parent
-    # On the CPU, also where there is a GPU; and with accelerate's own defaults, not with those that its user has set.
+    # On the CPU, also where there is a GPU, unless `environment` has one; with accelerate's own defaults, not its user's.
     settings = {
         "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
         "HF_HOME": "/nonexistent",
@@ -137,9 +137,9 @@ def _ticks() -> tuple[int, int]:
         return 0, 0
 
 
-def peer(launcher: Sequence[str], keys: Sequence[str]) -> Record:
+def peer(launcher: Sequence[str], keys: Sequence[str], **environment: str) -> Record:
     """Run a program of benchmarks/peers/ with the trainer's keys. Raises RunError."""
-    ran = run([*launcher, *keys])
+    ran = run([*launcher, *keys], **environment)
     lines = [line for line in ran.out.splitlines() if line.startswith('{"images"')]
     if not lines:
         raise RunError("it did not say what it did")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.task import CPU, MOMENTUM, WEIGHT_DECAY, Task, Work, asked
+from benchmarks.peers.task import DEVICE, MOMENTUM, WEIGHT_DECAY, Task, Work, asked
 from distrib.memory import keep_freed_memory
 from distrib.precision import choose_precision
 
@@ -35,7 +35,7 @@ def main() -> None:
     if not task.config.threads:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     keep_freed_memory()
-    precise = choose_precision(task.config.precision, CPU)[0] == "no"
+    precise = choose_precision(task.config.precision, DEVICE)[0] == "no"
     network: nn.Module = task.network()
     model = network
     if world > 1:
@@ -47,7 +47,7 @@ def main() -> None:
     work = Work(task)
     for step, (images, labels) in enumerate(batches(task, rank, world)):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / total)
-        with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16):
+        with nullcontext() if precise else torch.autocast(DEVICE.type, torch.bfloat16):
             loss = F.cross_entropy(model(images), labels, label_smoothing=task.config.optim.label_smoothing)
         loss.backward()
         optimizer.step()

@@ -7,6 +7,7 @@ starts, so that nothing but the loop is timed.
 """
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from distrib.memory import keep_freed_memory
 from distrib.models import build_model, fit_whitening
 from distrib.precision import choose_precision
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
@@ -63,7 +64,12 @@ class Task:
     @property
     def bf16(self) -> bool:
         """Whether a tuned peer computes in bf16: where the trainer would."""
-        return self.tuned and choose_precision(self.config.precision, CPU)[0] == "bf16"
+        return self.tuned and choose_precision(self.config.precision, DEVICE)[0] == "bf16"
+
+    @property
+    def workers(self) -> int:
+        """Those of a tuned peer: a step on a CPU needs the cores itself."""
+        return len(os.sched_getaffinity(0)) if DEVICE.type == "cuda" else 1
 
     @property
     def layout(self) -> torch.memory_format:
@@ -72,14 +78,19 @@ class Task:
     def network(self) -> nn.Module:
         """The trainer's network, with the trainer's initial weights, whitening included if that is asked for."""
         torch.manual_seed(self.config.seed)
-        network = build_model(self.config.model, self.source.shape, len(self.source.classes))
+        network = build_model(self.config.model, self.source.shape, len(self.source.classes)).to(DEVICE)
         fit_whitening(network, self.loader().sample)
         return network.to(memory_format=self.layout)
+
+    def placed(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device, the images laid out as the network is."""
+        images, labels = (each.to(DEVICE, non_blocking=self.tuned) for each in batch)
+        return images.contiguous(memory_format=self.layout), labels
 
     def loader(self, rank: int = 0, world: int = 1) -> Loader:
         """The trainer's own."""
         steps = Steps(len(self.source.train), self.config.batch_size, self.config.seed, rank, world)
-        return Loader(self.source, self.config, steps, CPU)
+        return Loader(self.source, self.config, steps, DEVICE)
 
     def images(self, *, train: bool, normalize: bool = True) -> "Pictures":
         """The data set as a peer's own documentation would have it: PIL images, or tensors if it is tuned."""
@@ -97,14 +108,14 @@ class Task:
         assert isinstance(arrays, Arrays), self.config.data.name
         return Pictures(arrays, transforms.Compose(steps), pil=not self.tuned)
 
-    def batches(self, *, train: bool, workers: int) -> DataLoader[Any]:
+    def batches(self, *, train: bool, workers: int, pinned: bool = False) -> DataLoader[Any]:
         """Batches of (images, labels), in a new order each epoch."""
         images, size = self.images(train=train), self.config.batch_size
         if self.ready and train:
             plain = DataLoader(images, batch_size=size, drop_last=True)
             made: Any = [batch for batch, _ in zip(plain, range(self.per_epoch), strict=False)]
             return DataLoader(made, batch_size=None)
-        options: Any = {"persistent_workers": True} if self.tuned and workers else {}
+        options: Any = {"persistent_workers": self.tuned and workers > 0, "pin_memory": pinned and DEVICE.type == "cuda"}
         return DataLoader(images, size, shuffle=train, drop_last=train, num_workers=workers, **options)
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
@@ -142,10 +153,17 @@ class Work:
         self.losses: deque[Tensor] = deque(maxlen=min(task.config.log_every, task.total))
 
     def step(self, loss: Tensor, images: int) -> None:
-        """An optimizer step is done, on so many images."""
+        """An optimizer step is done, on so many images; on a GPU, it is where the clock is read."""
+        if DEVICE.type == "cuda" and len(self.stamps) + 1 in (self.first, self.task.total):
+            torch.cuda.synchronize()
         self.images += images
         self.losses.append(loss.detach())
         self.stamps.append(time.time())
+
+    @property
+    def first(self) -> int:
+        """The step after which the time is taken."""
+        return min(self.task.config.log_every, self.task.total - 1)
 
     @property
     def done(self) -> bool:
@@ -153,7 +171,7 @@ class Work:
 
     def tell(self, network: nn.Module, top1: float | None = None) -> None:
         """Print the line. The timed steps are those after the first `log_every`: before them, everything warms up."""
-        first = min(self.task.config.log_every, len(self.stamps) - 1)
+        first = self.first
         told = {
             "images": self.images,
             "updates": len(self.stamps),

@@ -5,7 +5,8 @@ schedule, updated in every step, its loss, which is read in every step; a line e
 transforms the random resized crop shows 80 to 100 % of an image (--scale 0.8 1) and there is no colour jitter, which small grey
 pictures do without; the other peers crop with padding.
 
-Tuned: --amp --amp-dtype bfloat16 where the trainer would use bf16, --channels-last, --workers 1, --opt-kwargs fused=True.
+Tuned: --amp --amp-dtype bfloat16 where the trainer would use bf16, --channels-last, --opt-kwargs fused=True, --workers 1, or on
+a GPU as many as cores and --pin-mem.
 """
 
 import sys
@@ -21,7 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 
-from benchmarks.peers.task import MOMENTUM, WEIGHT_DECAY, Pictures, Task, Work, asked
+from benchmarks.peers.task import DEVICE, MOMENTUM, WEIGHT_DECAY, Pictures, Task, Work, asked
 
 LOG_EVERY = 50
 
@@ -43,8 +44,9 @@ def loader(task: Task, *, train: bool) -> Any:
         crop_pct=1.0,
         mean=task.source.mean,
         std=task.source.std,
-        num_workers=1 if task.tuned else 4,
-        device=torch.device("cpu"),
+        num_workers=task.workers if task.tuned else 4,
+        device=DEVICE,
+        pin_memory=task.tuned and DEVICE.type == "cuda",
     )
 
 
@@ -65,6 +67,7 @@ def evaluate(model: nn.Module, batches: Any, task: Task) -> float:
 
 def main() -> None:
     task = asked(sys.argv[1:])
+    torch.backends.cudnn.benchmark = True
     work, top1 = Work(task), None
     model = task.network()
     fused: Any = {"fused": True} if task.tuned else {}
@@ -84,7 +87,7 @@ def main() -> None:
         for i, (images, labels) in enumerate(train):
             images = images.contiguous(memory_format=task.layout)
             waits.update(time.time() - began)
-            with torch.autocast("cpu", torch.bfloat16) if task.bf16 else nullcontext():
+            with torch.autocast(DEVICE.type, torch.bfloat16) if task.bf16 else nullcontext():
                 loss = criterion(model(images), labels)
             loss.backward()
             optimizer.step()
