@@ -22,8 +22,10 @@ from distrib.interrupt import SIGNALS
 
 KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
 KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
-FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=6"]
+FILES = ["data.name=folder", "data.size=16", "batch_size=4"]
 KILLS = int(os.environ.get("DISTRIB_KILLS", "5"))
+ALL_STOPS = bool(os.environ.get("DISTRIB_ALL_STOPS"))
+LENGTH = 5 if ALL_STOPS else 1  # accelerate's launcher takes up to three seconds to die of SIGINT, and the run has to last
 
 
 class Run:
@@ -76,9 +78,9 @@ class Run:
 def reading(root: Path | dict[tuple[int, int], Path], workers: int) -> list[str]:
     """Keys for a run on images in memory, or on files that so many workers read."""
     if not workers:
-        return ["epochs=24"]  # accelerate's launcher takes a second to die
+        return [f"epochs={12 * LENGTH}"]
     folder = next(iter(root.values())).parent / "folder" if isinstance(root, dict) else root / "folder"
-    return [*FILES, f"data.root={folder}", f"data.workers={workers}"]
+    return [*FILES, f"epochs={6 * LENGTH}", f"data.root={folder}", f"data.workers={workers}"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ STOPS = [
 TIMES: dict[str, list[float]] = {}  # seconds from the signal until nothing is left, by launcher
 
 
-@pytest.mark.parametrize(("launcher", "target", "number", "workers"), MATRIX if os.environ.get("DISTRIB_ALL_STOPS") else STOPS)
+@pytest.mark.parametrize(("launcher", "target", "number", "workers"), MATRIX if ALL_STOPS else STOPS)
 def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     tmp_path: Path, whole: dict[tuple[int, int], Path], launcher: str, target: str, number: int, workers: int
 ) -> None:
