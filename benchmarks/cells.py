@@ -83,18 +83,8 @@ def package(name: str, *flags: str, cores: int = 0, **environment: str) -> Calla
         return program(PEERS[name], *flags, **environment)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if cores:
-        launcher += [
-            *([] if environment == FIRST_GPU else ["--cpu"]),
-            "--num_processes",
-            "1",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        launcher += ["--num_cpu_threads_per_process", str(cores)]
+        told = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process"
+        launcher += [*([] if environment else ["--cpu"]), *told.split(), str(cores)]
     return program(PEERS[name], *flags, launcher=[*launcher, "-m"], **environment)
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.peers.task import DEVICE, Pictures, Task, Work, asked
+from benchmarks.peers.task import GPU, Pictures, Task, Work, asked
 
 
 def normalized(images: Tensor, task: Task, device: torch.device) -> Tensor:
@@ -49,10 +49,8 @@ def loader(task: Task, *, train: bool) -> Any:
         made: Any = [{"image": images, "label": labels} for images, labels in task.batches(train=True, workers=0)]
         return DataLoader(made, batch_size=None)
     pictures = Named(task.images(train=train, normalize=False))
-    workers: Any = {"num_workers": 4}
-    if task.tuned:
-        workers = {"num_workers": task.workers, "persistent_workers": True, "pin_memory": DEVICE.type == "cuda"}
-    return DataLoader(pictures, task.config.batch_size, shuffle=train, drop_last=train, **workers)
+    options: Any = {"persistent_workers": task.tuned, "pin_memory": task.tuned and GPU, "num_workers": task.workers(4)}
+    return DataLoader(pictures, task.config.batch_size, shuffle=train, drop_last=train, **options)
 
 
 @torch.no_grad()
@@ -73,7 +71,7 @@ def main() -> None:
     task = asked(sys.argv[1:])
     work = Work(task)
     torch.backends.cudnn.benchmark = task.tuned
-    accelerator = Accelerator(cpu=task.tuned and DEVICE.type == "cpu", mixed_precision="bf16" if task.bf16 else "no")
+    accelerator = Accelerator(cpu=task.tuned and not GPU, mixed_precision="bf16" if task.bf16 else "no")
     network = task.network().to(accelerator.device)
     optimizer = task.optimizer(network)
     train, val = loader(task, train=True), loader(task, train=False)

@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
 def main() -> None:
     task = asked(sys.argv[1:])
     work = Work(task)
-    workers = task.workers if task.tuned else len(os.sched_getaffinity(0)) // 2
+    workers = task.workers(len(os.sched_getaffinity(0)) // 2)
     model = Classifier(task, work)
     train = task.batches(train=True, workers=workers, pinned=task.tuned)
     val = task.batches(train=False, workers=workers) if task.validate else None

@@ -30,7 +30,8 @@ from distrib.memory import keep_freed_memory
 from distrib.models import build_model, fit_whitening
 from distrib.precision import choose_precision
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
@@ -66,10 +67,11 @@ class Task:
         """Whether a tuned peer computes in bf16: where the trainer would."""
         return self.tuned and choose_precision(self.config.precision, DEVICE)[0] == "bf16"
 
-    @property
-    def workers(self) -> int:
-        """Those of a tuned peer: a step on a CPU needs the cores itself."""
-        return len(os.sched_getaffinity(0)) if DEVICE.type == "cuda" else 1
+    def workers(self, shipped: int) -> int:
+        """As many as a peer ships with; if it is tuned, all cores where a GPU computes, and one where they do it themselves."""
+        if not self.tuned:
+            return shipped
+        return len(os.sched_getaffinity(0)) if GPU else 1
 
     @property
     def layout(self) -> torch.memory_format:
@@ -115,7 +117,7 @@ class Task:
             plain = DataLoader(images, batch_size=size, drop_last=True)
             made: Any = [batch for batch, _ in zip(plain, range(self.per_epoch), strict=False)]
             return DataLoader(made, batch_size=None)
-        options: Any = {"persistent_workers": self.tuned and workers > 0, "pin_memory": pinned and DEVICE.type == "cuda"}
+        options: Any = {"persistent_workers": self.tuned and workers > 0, "pin_memory": pinned and GPU}
         return DataLoader(images, size, shuffle=train, drop_last=train, num_workers=workers, **options)
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
@@ -154,7 +156,7 @@ class Work:
 
     def step(self, loss: Tensor, images: int) -> None:
         """An optimizer step is done, on so many images; on a GPU, it is where the clock is read."""
-        if DEVICE.type == "cuda" and len(self.stamps) + 1 in (self.first, self.task.total):
+        if GPU and len(self.stamps) + 1 in (self.first, self.task.total):
             torch.cuda.synchronize()
         self.images += images
         self.losses.append(loss.detach())
@@ -171,13 +173,12 @@ class Work:
 
     def tell(self, network: nn.Module, top1: float | None = None) -> None:
         """Print the line. The timed steps are those after the first `log_every`: before them, everything warms up."""
-        first = self.first
         told = {
             "images": self.images,
             "updates": len(self.stamps),
             "parameters": sum(each.numel() for each in network.parameters()),
-            "timed": len(self.stamps) - first,
-            "seconds": self.stamps[-1] - self.stamps[first - 1],
+            "timed": len(self.stamps) - self.first,
+            "seconds": self.stamps[-1] - self.stamps[self.first - 1],
             "loss": torch.stack([*self.losses]).float().mean().item(),
             "top1": top1,
             "stamps": self.stamps,

@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 
-from benchmarks.peers.task import DEVICE, MOMENTUM, WEIGHT_DECAY, Pictures, Task, Work, asked
+from benchmarks.peers.task import DEVICE, GPU, MOMENTUM, WEIGHT_DECAY, Pictures, Task, Work, asked
 
 LOG_EVERY = 50
 
@@ -44,9 +44,9 @@ def loader(task: Task, *, train: bool) -> Any:
         crop_pct=1.0,
         mean=task.source.mean,
         std=task.source.std,
-        num_workers=task.workers if task.tuned else 4,
+        num_workers=task.workers(4),
         device=DEVICE,
-        pin_memory=task.tuned and DEVICE.type == "cuda",
+        pin_memory=task.tuned and GPU,
     )
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     task = asked(sys.argv[1:])
     work, top1 = Work(task), None
     torch.backends.cudnn.benchmark = True
-    workers = task.workers if task.tuned else 16
+    workers = task.workers(16)
     train, val = (task.batches(train=part, workers=workers, pinned=True) for part in (True, False))
     model = task.network()
     criterion = nn.CrossEntropyLoss(label_smoothing=task.config.optim.label_smoothing)
