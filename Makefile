@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: train test kill-storm stops bench lint clean
 
 train: .venv/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
 
 test: .venv/ready-for-tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)

@@ -21,7 +21,8 @@ PEERS = {  # a package, and the program of benchmarks/peers/ that uses it
     "torchvision": "torchvision_reference",
     "timm": "timm_train",
 }
-FASHION = ["data.name=fashion_mnist", "data.shift=1", "data.flip=random", f"eval_every={NEVER}", "optim.label_smoothing=0"]
+UNSMOOTHED = "objective.label_smoothing=0"
+FASHION = ["data.name=fashion_mnist", "data.translate=1", "data.flip=random", f"eval_every={NEVER}", UNSMOOTHED]
 # From its peak to 0 in a straight line, or under OneCycleLR: the losses after as many steps are alike.
 PLAIN = ["optim.lr=0.02", "optim.warmup_epochs=0", "optim.schedule=linear"]
 
@@ -112,8 +113,8 @@ def throughput(network: str, cores: int, goal: float, keys: list[str], **environ
 
 
 def tax(total: int, log_every: int) -> Cell:
-    keys = ["data.name=digits", "data.shift=0", "model.name=cnn", "model.width=1", "batch_size=8", "precision=no", "threads=1"]
-    keys += [*PLAIN, "optim.label_smoothing=0", f"eval_every={NEVER}", "save_every=1000"]
+    keys = ["data.name=digits", "data.translate=0", "model.name=cnn", "model.width=1", "batch_size=8", "precision=no"]
+    keys += ["threads=1", *PLAIN, UNSMOOTHED, f"eval_every={NEVER}", "save_every=1000"]
     ready = "raw, ready batches"
     entries = [
         Entry("raw", program("raw")),
@@ -236,8 +237,8 @@ class Recipe:
             return OURS([*name.split(), f"seed={seed}"])
         if name not in PEERS:
             raise RunError(f"{self.text} is neither CONFIG.yaml nor PEER:EPOCHS with a peer of {', '.join(PEERS)}")
-        keys = ["data.name=fashion_mnist", "data.shift=1", "data.flip=random", "model.name=cnn", "batch_size=256"]
-        keys += [f"epochs={epochs}", "optim.label_smoothing=0.1", "optim.lr=0.1", *self.keys, f"seed={seed}"]
+        keys = ["data.name=fashion_mnist", "data.translate=1", "data.flip=random", "model.name=cnn", "batch_size=256"]
+        keys += [f"epochs={epochs}", "objective.label_smoothing=0.1", "optim.lr=0.1", *self.keys, f"seed={seed}"]
         record = package(name, "--validate")(keys)
         if record["top1"] is None:
             raise RunError("it did not evaluate: give it whole epochs")

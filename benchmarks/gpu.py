@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 LATE = 400.0  # seconds after which no other line is begun
 PATIENCE = 120.0  # seconds for a line
 # For 93, 94 and 94.5 %, with seeds; a GPU has the time for wider networks than a CPU (docs/speed.md).
-RECIPES = [("epochs=4", 4), ("epochs=8 model.width=64 views=6", 4), ("epochs=14 model.width=64 views=6 data.shift=1", 2)]
+RECIPES = [("epochs=4", 4), ("epochs=8 model.width=64 tta=6", 4), ("epochs=14 model.width=64 tta=6 data.translate=1", 2)]
 WITHOUT = "cuda_graph=false"  # the steps are not recorded: the host starts each of their kernels
 Record = dict[str, Any]
 

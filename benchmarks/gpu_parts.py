@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-import train
-from distrib import loop, models, ranks
-from distrib.config import load_config
-from distrib.data import sources
-from distrib.data.sources import Arrays, Source
-from distrib.replay import WARM_UP
+from distrib import Arrays, Source, train
+from distrib.command_line import load_config
+from distrib.runtime import exits
+from distrib.training import loop
+from distrib.training.replay import WARM_UP
 
 NEVER = 10**9
 STEADY = WARM_UP + 1  # the step from which on each is like the one before
@@ -61,7 +60,7 @@ def wait() -> None:
 class Null(nn.Module):
     """As little as can be trained: what a step takes is what the loop takes."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(64, 10)
 
@@ -71,52 +70,60 @@ class Null(nn.Module):
 
 
 def tax(quick: bool, *keys: str) -> Record:
-    """Seconds of a step in the trainer's loop, reports included, and in a bare one over the same batches."""
-    models.OWN["cnn"] = Null
-    steps, told = (60 if quick else 2000), Record()
-    fit, validate = loop.fit, loop.validate
+    """Seconds of a step in the trainer's loop, reports included, and in a bare one over the same batches.
 
-    def twice(state: Any, run: Any) -> str:
-        def at_the_end(*rest: Any) -> None:  # of the steps: an evaluation and a checkpoint follow
-            wait()
-            told["the trainer"] = (perf_counter() - began) / steps
-            validate(*rest)
+    The clock of either starts when it has its first batch.
+    """
+    steps = 60 if quick else 2000
+    clock, runs = list[float](), list[Any]()
+    train_step, validate = loop.train_step, loop.validate
 
-        loop.validate = at_the_end
-        wait()
-        began = perf_counter()
-        stopped = fit(state, run)
-        wait()
-        loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
-        optimizer = SGD(state.network.parameters(), 0.1, 0.9, nesterov=True, fused=True)
-        began = perf_counter()
-        for step, (images, labels) in enumerate(run.loader.train(range(steps))):
-            optimizer.param_groups[0]["lr"] = run.schedule(step)
-            loss_of(state.model(images), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        wait()
-        told["bare loop"] = (perf_counter() - began) / steps
-        return stopped
+    def first_step(*args: Any) -> None:
+        loop.train_step = train_step  # nothing of ours stands before the steps that follow
+        clock.append(now())
+        train_step(*args)
 
-    train.fit = twice  # type: ignore[attr-defined]
+    def at_the_end(state: Any, run: Any) -> None:  # of the steps: an evaluation and a checkpoint follow
+        clock.append(now())
+        runs.append(run)
+        validate(state, run)
+
+    loop.train_step, loop.validate = first_step, at_the_end
     own = ["batch_size=8", f"epochs={steps / 179}", "precision=no", f"eval_every={NEVER}", f"save_every={NEVER}"]
     with tempfile.TemporaryDirectory() as folder:
-        train.train(load_config([f"run_dir={folder}/run", *own, *keys]))
-    return told
+        state = train(load_config([f"run_dir={folder}/run", *own, *keys]), network=Null)
+
+    run = runs[0]
+    loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
+    optimizer = SGD(state.network.parameters(), 0.1, 0.9, nesterov=True, fused=True)
+    for step, (images, labels) in enumerate(run.loader.train(range(steps))):
+        if step == 0:
+            clock.append(now())
+        optimizer.param_groups[0]["lr"] = run.schedule(step)
+        loss_of(run.model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    clock.append(now())
+    seconds = [(clock[each + 1] - clock[each]) / steps for each in (0, 2)]
+    return {"the trainer": seconds[0], "bare loop": seconds[1]}
+
+
+def now() -> float:
+    """The clock, once the device has done all that was asked of it."""
+    wait()
+    return perf_counter()
 
 
 def steps(quick: bool, name: str, size: str, batch: str, count: str, *keys: str) -> Record:
     """Train on noise: seconds of a step, of which the GPU had work, and how often in a step the host waited for it."""
     total, images = 16 if quick else int(count), 60_000 if size == "28" else 4_096
     shape = (1 if size == "28" else 3, int(size), int(size))
-    sources.SOURCES["noise"] = lambda *_: noise(shape, images)
     meter = Meter(loop.train_step, total)
     loop.train_step = meter  # type: ignore[assignment]
-    own = ["data.name=noise", "data.flip=random", f"model.name={name}", f"batch_size={batch}"]
+    own = ["data.flip=random", f"model.name={name}", f"batch_size={batch}"]
     own += [f"epochs={total / (images // int(batch))}", f"log_every={NEVER}", f"eval_every={NEVER}", f"save_every={NEVER}"]
     with tempfile.TemporaryDirectory() as folder:
-        train.train(load_config([*own, *keys, f"run_dir={folder}/run"]))
+        train(load_config([*own, *keys, f"run_dir={folder}/run"]), source=noise(shape, images))
     return meter.found
 
 
@@ -159,14 +166,14 @@ class Meter:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-def noise(shape: tuple[int, int, int], images: int) -> Any:
+def noise(shape: tuple[int, int, int], images: int) -> Source:
     """A data set that no disk holds."""
     source = torch.Generator().manual_seed(0)
     train, val = (
         Arrays(torch.randint(256, (n, *shape), dtype=torch.uint8, generator=source), torch.randint(10, (n,), generator=source))
         for n in (images, 256)
     )
-    return Source(train, val, tuple("0123456789"), shape, (0.5,) * shape[0], (0.25,) * shape[0])
+    return Source(train, val, tuple("0123456789"), shape, (0.5,) * shape[0], (0.25,) * shape[0], name="noise")
 
 
 PARTS: dict[str, Callable[..., Record]] = {"ceilings": ceilings, "tax": tax, "steps": steps}
@@ -175,4 +182,4 @@ if __name__ == "__main__":
     said = PARTS[sys.argv[1]](sys.argv[2] == "1", *sys.argv[3:])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(said), flush=True)
-    ranks.leave(0)
+    exits.leave(0)

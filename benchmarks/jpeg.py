@@ -30,9 +30,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distrib.config import Config, DataConfig
-from distrib.data.files import decoded, random_box, resized
+from distrib.data.datasets import load_source
+from distrib.data.files import decode, random_box, resize
 from distrib.data.loaders import Loader
-from distrib.data.sources import Source, load_source
+from distrib.data.source import Source
 from distrib.data.steps import Steps
 
 IMAGES, BATCH, SIZE, LEAST_AREA = 512, 32, 224, 0.08
@@ -105,7 +106,7 @@ def difference(paths: list[Path]) -> str:
     for path, drawn in zip(paths, torch.rand(len(paths), 4).tolist(), strict=True):
         with Image.open(path) as image:
             left, top, right, bottom = box = random_box(*image.size, LEAST_AREA, drawn)
-            pixels = resized(decoded(image, box, SIZE), SIZE)
+            pixels = resize(decode(image, box, SIZE), SIZE)
         with Image.open(path) as image:
             expected = functional.resized_crop(image.convert("RGB"), top, left, bottom - top, right - left, [SIZE, SIZE])
         apart.append((pixels.int() - functional.pil_to_tensor(expected).int()).abs().double().mean().item())
@@ -139,7 +140,7 @@ def main(rounds: int) -> None:
         print(f"pixels that differ: {difference(sorted(folder.glob('train/*/*'))[:128])}")
         print(f"  of 2000x1500, decoded at less where that is enough: {difference(large)}")
 
-        keys = DataConfig(name="folder", root=name, size=SIZE, crop_area=LEAST_AREA, shift=0, flip="random")
+        keys = DataConfig(name="folder", root=name, size=SIZE, crop_area=LEAST_AREA, translate=0, flip="random")
         config, source = Config(run_dir=name, data=keys), load_source(keys, download=False)
         print("seconds for 1,000 images:")
         for workers in (0, 1, 2):

@@ -24,10 +24,11 @@ LARGE = ["data.name=digits", "model.width=300", "batch_size=64", "epochs=3", f"e
 def measure(run_dir: str, *keys: str) -> None:
     """One run, in this process; prints the seconds of each 50 steps and of each stall."""
     sys.path.insert(0, str(ROOT))
-    import train
-    from distrib import loop, ranks
-    from distrib.checkpoint import checkpoints
-    from distrib.config import load_config
+    from distrib import train
+    from distrib.command_line import load_config
+    from distrib.runtime import exits
+    from distrib.runtime.checkpoint import checkpoints
+    from distrib.training import loop
 
     reports, stalls = [], []
     save, report = loop.save, loop.report
@@ -43,11 +44,11 @@ def measure(run_dir: str, *keys: str) -> None:
         reports.append(perf_counter())
 
     loop.save, loop.report = timed_save, timed_report
-    train.train(load_config([*keys, f"run_dir={run_dir}"]))
+    train(load_config([*keys, f"run_dir={run_dir}"]))
     spans = [after - before for before, after in pairwise(reports)]
-    size = (checkpoints(Path(run_dir))[-1] / "state.safetensors").stat().st_size / 1e6
+    size = sum(file.stat().st_size for file in checkpoints(Path(run_dir))[-1].iterdir()) / 1e6
     print(json.dumps({"spans": spans, "stalls": stalls[:-1], "megabytes": size}))  # the last one is the run's end
-    ranks.leave(0)
+    exits.leave(0)
 
 
 def run(*keys: str) -> dict[str, Any]:

@@ -9,9 +9,21 @@ else
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "local.sh: RANKS is '$ranks', not a number of ranks" >&2
+    exit 2
+fi
+train=$(dirname "$0")/../train.py
+
+for arg; do # what asks for no training needs one process only
+    if [[ $arg == --help || $arg == --print-config ]]; then exec env WORLD_SIZE="$ranks" python "$train" "$@"; fi
+done
+# First one process looks at the command line, without torch: a mistake then gets one line and exit code 2. Accelerate's
+# launcher would add a report of thirty lines, and say 1. WORLD_SIZE has a batch found that does not divide among the ranks.
+WORLD_SIZE=$ranks python "$train" --print-config "$@" >/dev/null || exit
 
 # --multi_gpu is what makes accelerate start several processes, on a CPU too; it does not take it for one.
 several=()
 if ((ranks > 1)); then several=(--multi_gpu); fi
 exec accelerate launch ${several[@]+"${several[@]}"} --num_processes "$ranks" --num_machines 1 --main_process_port 0 \
-    --mixed_precision no --dynamo_backend no "$(dirname "$0")/../train.py" "$@"
+    --mixed_precision no --dynamo_backend no "$train" "$@"

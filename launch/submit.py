@@ -18,7 +18,9 @@ from typing import NamedTuple
 SCRIPT = "launch/slurm.sbatch"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distrib.config import Config, UserError, load_config, refuse_uneven  # noqa: E402
+from distrib.command_line import load_config  # noqa: E402
+from distrib.config import Config, refuse_uneven  # noqa: E402
+from distrib.errors import UserError  # noqa: E402
 
 
 class Nodes(NamedTuple):

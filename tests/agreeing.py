@@ -7,12 +7,13 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from distrib import ranks
-from distrib.config import Config, UserError
+from distrib.config import Config
+from distrib.errors import UserError
+from distrib.runtime import exits, ranks
 
 
 def main(out: Path) -> None:
-    ranks.start(Config(precision="no", threads=1))
+    ranks.join(Config(threads=1))
     rank = PartialState().process_index
 
     def fetch(leads: bool) -> bool:
@@ -25,9 +26,9 @@ def main(out: Path) -> None:
         if leads:
             raise UserError("rank 0 could not")
 
-    noted = {"first": ranks.first(fetch), "agreed": ranks.agreed(f"rank {rank}'s")}
+    noted = {"first": ranks.rank0_first(fetch), "agreed": ranks.broadcast_object(f"rank {rank}'s")}
     try:
-        ranks.first(fail)
+        ranks.rank0_first(fail)
     except UserError as error:
         noted["told"] = str(error)
     (out / f"rank{rank}.json").write_text(json.dumps(noted))
@@ -35,4 +36,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    ranks.leave(0)
+    exits.leave(0)

@@ -12,8 +12,8 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from distrib.config import read_config
-from distrib.models import build_model
+from distrib.command_line import read_config
+from distrib.models.build import build_model
 from distrib.scale.network import data_of
 
 sizes: list[int] = []

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from uneven import KEYS, NOISE, Seen, watch
+from uneven import KEYS, NOISE, Seen, uneven, watch
 
-import train
-from distrib import loop, ranks
-from distrib.config import load_config
-from distrib.state import TrainState
+import distrib
+from distrib.command_line import load_config
+from distrib.runtime import exits
+from distrib.runtime.environment import launched_rank, launched_world
+from distrib.training import loop
+from distrib.training.state import TrainState
 
 
 def main(run_dir: str, kill: int, notes: Path) -> None:
     torch.set_default_dtype(torch.float64)  # as in uneven.py: what differs is then no rounding
-    rank, world, seen = ranks.launched_rank(), ranks.launched_world(), Seen()
+    rank, world, seen = launched_rank(), launched_world(), Seen()
     watch(seen)
     watched = loop.train_step
 
@@ -34,9 +36,9 @@ def main(run_dir: str, kill: int, notes: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop.train_step = step
-    train.train(load_config([f"run_dir={run_dir}", "data.name=uneven", "save_every=3", "log_every=4", *KEYS, *NOISE]))
+    distrib.train(load_config([f"run_dir={run_dir}", "save_every=3", "log_every=4", *KEYS, *NOISE]), source=uneven())
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
-    ranks.leave(0)
+    exits.leave(0)

@@ -1,17 +1,25 @@
 """What the tests share: small data sets, runs in this process, and runs in several."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from distrib.runtime import signals
+from distrib.runtime.checkpoint import EMA, MODEL, TRAINING
 
 ROOT = Path(__file__).parent.parent
 PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
@@ -35,12 +43,18 @@ def requires(held: bool, install: str) -> None:
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
-    """Accelerate keeps its state in the process: each test starts without, on one thread, which gives the same bits always."""
-    environment = dict(os.environ)
+    """Accelerate keeps its state in the process, and `distrib train` takes its signals: each test starts without.
+
+    It starts on one thread, which gives the same bits always.
+    """
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in signals.SIGNALS}
     torch.set_num_threads(1)
     yield
     os.environ.clear()
     os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signals._listening, signals._last = False, (0, 0.0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -76,11 +90,18 @@ def points(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's newest checkpoint."""
-    from safetensors.torch import load_file
+PREFIXES = {MODEL: "model.", EMA: "ema.", TRAINING: ""}  # of the names of a file's tensors, where all are in one dict
 
-    return load_file(max(run_dir.glob("checkpoints/step_*")) / "state.safetensors")
+
+def joined(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files of a checkpoint, each under its name with its file's prefix."""
+    return {f"{PREFIXES[file]}{name}": each for file, tensors in files.items() for name, each in tensors.items()}
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    """The tensors of a run's newest checkpoint."""
+    folder = max(run_dir.glob("checkpoints/step_*"))
+    return joined({file: load_file(folder / file) for file in PREFIXES if (folder / file).exists()})
 
 
 def assert_same(run_dir: Path, whole: Path) -> None:
@@ -91,3 +112,15 @@ def assert_same(run_dir: Path, whole: Path) -> None:
     curves, expected_curves = points(run_dir), points(whole)
     for tag in expected_curves.keys() - {"train/images_per_second"}:
         assert curves[tag] == expected_curves[tag], tag
+
+
+def signed_again(folder: Path, **changes: Any) -> None:
+    """Make the manifest of a checkpoint fit its files as they are now, with other facts in it."""
+    from distrib.runtime.checkpoint import own_sha256, sha256
+
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    del manifest["sha256"]
+    there = [name for name in manifest["files"] if (folder / name).exists()]
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in there}
+    manifest |= {"files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": own_sha256(manifest)}))

@@ -11,17 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distrib import interrupt
+from distrib.runtime import signals
 
 if __name__ == "__main__":
-    interrupt.listen()
+    signals.listen()
 
 import torch
 
-import train
-from distrib import loop, ranks
+from distrib import cli, run
 from distrib.data.files import Reader
-from distrib.loop import TrainState, train_step
+from distrib.runtime import exits
+from distrib.runtime.environment import launched_rank
+from distrib.training import loop
+from distrib.training.loop import train_step
+from distrib.training.state import TrainState
 
 fault, rank, step, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 read = Reader.__getitem__
@@ -29,7 +32,7 @@ FITS = 8  # images, where memory is short
 
 
 def strikes(state: TrainState) -> bool:
-    if ranks.launched_rank() != rank or state.step < step or mark.exists():
+    if launched_rank() != rank or state.step < step or mark.exists():
         return False
     mark.touch()
     return True
@@ -56,14 +59,14 @@ def steps_aside(state: TrainState, *rest: Any) -> None:
 
 def with_loss_of_nan(state: TrainState, *rest: Any) -> None:
     """The loss of one rank is not a number in step `step`, or, if RANK is negative, from there on."""
-    mine = ranks.launched_rank() == abs(rank) and (state.step == step or (rank < 0 and state.step > step))
+    mine = launched_rank() == abs(rank) and (state.step == step or (rank < 0 and state.step > step))
     hook = state.network.register_forward_hook(lambda module, images, logits: logits * (torch.nan if mine else 1))
     train_step(state, *rest)
     hook.remove()
 
 
 def stuck(reader: Reader, share: Any) -> Any:
-    if torch.utils.data.get_worker_info() and ranks.launched_rank() == rank and not mark.exists():
+    if torch.utils.data.get_worker_info() and launched_rank() == rank and not mark.exists():
         mark.touch()
         time.sleep(1000)
     return read(reader, share)
@@ -74,7 +77,7 @@ def with_little_memory(build: Any) -> Any:
 
     def built(*args: Any) -> torch.nn.Module:
         def check(module: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
-            if ranks.launched_rank() == rank and module.training and len(images[0]) > FITS:
+            if launched_rank() == rank and module.training and len(images[0]) > FITS:
                 raise torch.OutOfMemoryError("out of memory")
 
         network: torch.nn.Module = build(*args)
@@ -89,5 +92,5 @@ if __name__ == "__main__":
     if fault == "worker":
         Reader.__getitem__ = stuck
     if fault == "memory":
-        train.build_model = with_little_memory(train.build_model)
-    ranks.leave(train.main(sys.argv[5:]))
+        run.build_model = with_little_memory(run.build_model)
+    exits.leave(cli.main(["train", *sys.argv[5:]]))

@@ -6,16 +6,16 @@ usage: rounded.py OUT HOOK,HOOK,... [key=value ...]
 import sys
 from pathlib import Path
 
-import train
-from distrib import ranks
-from distrib.config import load_config
+from distrib import train
+from distrib.command_line import load_config
+from distrib.runtime import exits
 
 
 def main(out: Path, hooks: list[str], keys: list[str]) -> None:
     for hook in hooks:
-        train.train(load_config([*keys, f"comm_hook={hook}", f"run_dir={out / hook}"]))
+        train(load_config([*keys, f"comm_hook={hook}", f"run_dir={out / hook}"]))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])
-    ranks.leave(0)
+    exits.leave(0)

@@ -12,9 +12,11 @@ from typing import NoReturn
 
 import torch
 
-from distrib import ranks, sharing
 from distrib.config import Config, DataConfig
-from distrib.data.sources import load_source
+from distrib.data import sharing
+from distrib.data.datasets import load_source
+from distrib.runtime import exits, ranks
+from distrib.runtime.environment import launched_rank
 
 
 def refuse(name: str) -> NoReturn:
@@ -34,7 +36,7 @@ def mappings() -> dict[str, int]:
 
 
 def main(out: Path, way: str) -> None:
-    ranks.start(Config(precision="no", threads=1))
+    ranks.join(Config(threads=1))
     if way == "alone":
         os.memfd_create = refuse
     source, own = sharing.load_shared(DataConfig()), load_source(DataConfig(), download=False)
@@ -43,18 +45,18 @@ def main(out: Path, way: str) -> None:
         "same": all(
             torch.equal(mine, expected)
             for a, b in ((source.train, own.train), (source.val, own.val))
-            for mine, expected in ((a.images, b.images), (a.labels, b.labels))
+            for mine, expected in ((a.images, b.images), (a.targets, b.targets))
         )
         and (source.classes, source.mean) == (own.classes, own.mean),
         "mapped": mappings(),
         "open": [link for link in links if "distrib-" in link],
     }
-    (out / f"rank{ranks.launched_rank()}.json").write_text(json.dumps(noted))
-    ranks.gathered(None)
+    (out / f"rank{launched_rank()}.json").write_text(json.dumps(noted))
+    ranks.all_gather_object(None)
     if way == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), (*sys.argv[2:], "")[0])
-    ranks.leave(0)
+    exits.leave(0)

@@ -5,17 +5,17 @@ import torch
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.augment import Augment, Normalize, erased, moved, views
+from distrib.data.augment import Augment, Normalize, cutout, translate, tta_views
 from distrib.data.steps import Share
 
 IMAGES = torch.randint(1, 256, (200, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 MEAN = torch.tensor([51, 102, 0], dtype=torch.uint8)
-ALL = DataConfig(shift=2, flip="random", erase=3)
+ALL = DataConfig(translate=2, flip="random", cutout=3)
 
 
 def test_moving_and_mirroring_is_what_it_says_pixel_by_pixel() -> None:
     down, right, mirror = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)).unbind()
-    got = moved(IMAGES, down, right, mirror < 0.5, shift=2)
+    got = translate(IMAGES, down, right, mirror < 0.5, most=2)
     for image, out, dy, dx, flip in zip(IMAGES, got, (down * 5).long(), (right * 5).long(), mirror < 0.5, strict=True):
         expected = torch.zeros_like(image)
         for row in range(9):
@@ -26,25 +26,27 @@ def test_moving_and_mirroring_is_what_it_says_pixel_by_pixel() -> None:
         assert torch.equal(out, expected)
 
 
-def test_an_erased_square_has_the_mean_and_the_rest_is_untouched() -> None:
+def test_a_cut_out_square_has_the_mean_and_the_rest_is_untouched() -> None:
     row, column = torch.rand(2, 200, generator=torch.Generator().manual_seed(1)).unbind()
-    got = erased(IMAGES, row, column, side=3, mean=MEAN)
+    got = cutout(IMAGES, row, column, side=3, mean=MEAN)
     for image, out, y, x in zip(IMAGES, got, (row * 9).long() - 1, (column * 7).long() - 1, strict=True):
         expected = image.clone()
         expected[:, max(0, y) : y + 3, max(0, x) : x + 3] = MEAN[:, None, None]
         assert torch.equal(out, expected)
 
 
-def test_every_shift_occurs_and_half_of_the_images_are_mirrored() -> None:
+def test_every_translation_occurs_and_half_of_the_images_are_mirrored() -> None:
     dot = torch.zeros(9000, 1, 5, 5, dtype=torch.uint8)
     dot[:, :, 2, 2] = 1
-    out = Augment(DataConfig(shift=1), seed=0, mean=MEAN)(dot, Share(0, torch.arange(9000)))
+    out = Augment(DataConfig(translate=1), seed=0, mean=MEAN)(dot, Share(0, torch.arange(9000)))
     counts = out.sum(0).view(25)
     assert counts.view(5, 5)[1:4, 1:4].min() > 900  # of 1000 each
     assert counts.sum() == 9000
     left = torch.zeros(9000, 1, 1, 2, dtype=torch.uint8)
     left[..., 0] = 1
-    mirrored = Augment(DataConfig(shift=0, flip="random"), seed=0, mean=MEAN)(left, Share(0, torch.arange(9000)))[..., 1].sum()
+    mirrored = Augment(DataConfig(translate=0, flip="random"), seed=0, mean=MEAN)(left, Share(0, torch.arange(9000)))[
+        ..., 1
+    ].sum()
     assert 4300 < mirrored < 4700
 
 
@@ -65,7 +67,7 @@ def test_each_epoch_and_seed_has_its_own_noise() -> None:
 
 
 def test_in_two_epochs_each_image_shows_both_sides() -> None:
-    augment = Augment(DataConfig(shift=0, flip="alternating"), seed=0, mean=MEAN)
+    augment = Augment(DataConfig(translate=0, flip="alternating"), seed=0, mean=MEAN)
     epochs = [augment(IMAGES, Share(epoch, torch.arange(200))) for epoch in range(4)]
     mirrored = [(each == IMAGES.flip(3)).flatten(1).all(1) for each in epochs]
     assert 70 < mirrored[0].sum() < 130
@@ -75,13 +77,13 @@ def test_in_two_epochs_each_image_shows_both_sides() -> None:
 
 
 def test_without_noise_nothing_changes() -> None:
-    assert Augment(DataConfig(shift=0), seed=0, mean=MEAN)(IMAGES, Share(0, torch.arange(200))) is IMAGES
+    assert Augment(DataConfig(translate=0), seed=0, mean=MEAN)(IMAGES, Share(0, torch.arange(200))) is IMAGES
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_views_of_an_image_have_weights_that_add_up_to_1(count: int) -> None:
     images = torch.randn(2, 3, 9, 7)
-    shown = list(views(images, count))
+    shown = list(tta_views(images, count))
     assert len(shown) == count
     assert sum(weight for weight, _ in shown) == 1
     assert all(each.shape == images.shape for _, each in shown)

@@ -93,7 +93,14 @@ def test_the_time_to_an_accuracy_is_that_of_the_fastest_recipe_which_has_it_on_t
 
 
 def test_the_hand_written_loop_and_the_trainer_do_the_same_work_and_end_with_the_same_loss() -> None:
-    keys = [*TASK, "epochs=1.3", "log_every=10", "optim.warmup_epochs=0", "optim.schedule=linear", "optim.label_smoothing=0"]
+    keys = [
+        *TASK,
+        "epochs=1.3",
+        "log_every=10",
+        "optim.warmup_epochs=0",
+        "optim.schedule=linear",
+        "objective.label_smoothing=0",
+    ]
     raw = peer([sys.executable, "-m", "benchmarks.peers.raw"], keys)
     ours = trainer([sys.executable, "train.py"], keys)
     assert raw["updates"] == 30
@@ -141,13 +148,13 @@ def test_every_program_of_a_cell_exists() -> None:
 def test_a_smaller_set_is_the_beginning_of_the_whole(tmp_path: Path) -> None:
     requires(Path("/usr/share/datasets/fashion-mnist").is_dir(), "apt-get install dataset-fashion-mnist")
     from distrib.config import DataConfig
-    from distrib.data.sources import load_source
+    from distrib.data.datasets import load_source
 
     few = load_source(DataConfig(name="fashion_mnist", root=str(subset(100, tmp_path))), download=False)
     every = load_source(DataConfig(name="fashion_mnist", root=str(tmp_path / "none")), download=False)
     assert len(few.train) == 100
     assert few.train.images.equal(every.train.images[:100])
-    assert few.train.labels.equal(every.train.labels[:100])
+    assert few.train.targets.equal(every.train.targets[:100])
 
 
 def test_a_peer_tells_what_it_did_in_one_line() -> None:

@@ -14,29 +14,47 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrib import checkpoint
-from distrib.checkpoint import MANIFEST, NUMBERS, TENSORS, Damaged, Saver, Snapshot, checkpoints, newest, prune, write
 from distrib.config import Config
+from distrib.errors import RunError, UserError
+from distrib.runtime import checkpoint, disk
+from distrib.runtime.checkpoint import (
+    MANIFEST,
+    MODEL,
+    NUMBERS,
+    TRAINING,
+    Saver,
+    Snapshot,
+    Torn,
+    best_of,
+    checkpoints,
+    latest_manifest,
+    newest,
+    prune,
+    write,
+)
 
-ABOUT = {"config": "a digest", "world": 2}
+ABOUT = {"config": {"seed": 0}, "ranks": 2}
 
 
-def taken(step: int, top1: float | None = None, evaluated: bool = True) -> Snapshot:
-    tensors = {"model.weight": torch.full((50, 3), float(step)), "model.count": torch.tensor(step)}
-    return Snapshot(
-        step, tensors, {"step": step, "top1": step if top1 is None else top1, "evaluated_step": step if evaluated else -1}
-    )
+def taken(step: int, score: float | None = None, evaluated: bool = True) -> Snapshot:
+    files = {
+        MODEL: {"weight": torch.full((50, 3), float(step)), "count": torch.tensor(step)},
+        TRAINING: {"optimizer.weight.momentum_buffer": torch.full((50, 3), -float(step))},
+    }
+    return Snapshot(step, files, {"step": step}, (step if score is None else score) if evaluated else None)
 
 
 def found(run_dir: Path) -> tuple[int, list[str]]:
     """The step of the newest good checkpoint, whose content is checked, and what was told."""
-    folder, told = newest(run_dir, lambda folder, manifest: None)
+    folder, manifest, told = newest(run_dir, lambda folder, manifest: None)
     if folder is None:
         return 0, told
     step = json.loads((folder / NUMBERS).read_text())["step"]
-    assert torch.equal(load_file(folder / TENSORS)["model.weight"], torch.full((50, 3), float(step)))
+    assert manifest["step"] == step
+    assert torch.equal(load_file(folder / MODEL)["weight"], torch.full((50, 3), float(step)))
+    assert torch.equal(load_file(folder / TRAINING)["optimizer.weight.momentum_buffer"], torch.full((50, 3), -float(step)))
     return step, told
 
 
@@ -94,7 +112,7 @@ def faulty_save(run_dir: Path, at: int, what: str) -> int:
 @pytest.mark.parametrize("what", ["killed before", "killed after", "torn", "ENOSPC", "EIO"])
 def test_whatever_goes_wrong_in_a_save_a_good_checkpoint_is_found_and_the_next_save_works(tmp_path: Path, what: str) -> None:
     calls = faulty_save(tmp_path / "whole", at=-1, what="")
-    assert calls == 12  # each call in a save and a prune that changes the disk
+    assert calls == 14  # each call in a save and a prune that changes the disk
     for at in range(calls):
         run_dir = tmp_path / str(at)
         assert faulty_save(run_dir, at, what) > at
@@ -107,12 +125,12 @@ def test_whatever_goes_wrong_in_a_save_a_good_checkpoint_is_found_and_the_next_s
 
 
 def test_every_flipped_bit_and_every_truncation_is_seen_and_the_one_before_is_used(tmp_path: Path) -> None:
-    """300 flips and 5 truncations of each file."""
+    """400 flips, and 4 truncations and a longer form of each file."""
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2):
         write(taken(step), tmp_path / "whole", ABOUT, keep=2)
     damages: list[tuple[str, bytes]] = []
-    for name in (TENSORS, NUMBERS, MANIFEST):
+    for name in (MODEL, TRAINING, NUMBERS, MANIFEST):
         content = (tmp_path / "whole" / "checkpoints" / "step_00000002" / name).read_bytes()
         for bit in torch.randint(8 * len(content), (100,), generator=generator).tolist():
             flipped = bytearray(content)
@@ -120,7 +138,7 @@ def test_every_flipped_bit_and_every_truncation_is_seen_and_the_one_before_is_us
             damages.append((name, bytes(flipped)))
         cuts = (0, 1, len(content) // 2, len(content) - 1)
         damages += [(name, content[:cut]) for cut in cuts] + [(name, content + b"\0")]
-    assert len(damages) == 315
+    assert len(damages) == 420
     intact = (tmp_path / "whole" / "checkpoints" / "step_00000002" / MANIFEST).read_text()
     for i, (name, content) in enumerate(damages):
         run_dir = tmp_path / str(i)
@@ -148,10 +166,10 @@ def signed(folder: Path, **changes: Any) -> None:
     """Make a manifest that fits the files, as someone who means harm would."""
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
-        for name in (TENSORS, NUMBERS)
+        for name in (MODEL, TRAINING, NUMBERS)
         if (folder / name).exists()
     }
-    manifest = {"format": 1, "step": int(folder.name[5:]), **ABOUT, "files": files} | changes
+    manifest = {"format": 2, "step": int(folder.name[5:]), **ABOUT, "files": files} | changes
     (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": checkpoint.own_sha256(manifest)}))
 
 
@@ -178,28 +196,31 @@ def hostile(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         return act
 
     def moved() -> None:
-        (folder / TENSORS).rename(folder.parent.parent / TENSORS)
+        (folder / MODEL).rename(folder.parent.parent / MODEL)
         told = {"bytes": 0, "sha256": ""}
-        signed(folder, files={f"../../{TENSORS}": told, NUMBERS: told})
+        signed(folder, files={f"../../{MODEL}": told, NUMBERS: told})
 
     bomb = pickle.dumps(Bomb())
-    for name in (TENSORS, NUMBERS):
+    for name in (MODEL, TRAINING, NUMBERS):
         yield f"pickle as {name}", put(name, bomb)
         yield f"link {name}", link(name)
         yield f"folder as {name}", lambda name=name: ((folder / name).unlink(), (folder / name).mkdir())
     yield f"pickle as {MANIFEST}", lambda: (folder / MANIFEST).write_bytes(bomb)
     yield "out of the folder", moved
-    yield "huge header", put(TENSORS, (10**12).to_bytes(8, "little") + b"{}")
+    yield "huge header", put(MODEL, (10**12).to_bytes(8, "little") + b"{}")
     yield "deep", lambda: (folder / MANIFEST).write_text("[" * 100_000)
     yield "a list", lambda: (folder / MANIFEST).write_text("[1]")
-    yield "large", lambda: (folder / MANIFEST).write_text(" " * (1 << 21))
+    yield "large", lambda: (folder / MANIFEST).write_text(" " * (1 << 25))
 
 
-def test_a_hostile_checkpoint_is_refused_and_nothing_in_it_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_state import some_state
+def test_a_hostile_checkpoint_is_set_aside_and_nothing_in_it_is_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distrib.training.state import TrainState, check_numbers, check_tensors
 
-    from distrib.state import check_numbers, check_tensors
-
+    network = nn.Module()
+    network.weight, network.count = nn.Parameter(torch.zeros(50, 3)), nn.Buffer(torch.tensor(0))
+    state = TrainState(network, torch.optim.SGD(network.parameters()))
     monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
     names = [name for name, _ in hostile(tmp_path)]
     for i, name in enumerate(names):
@@ -210,10 +231,10 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_in_it_is_executed(tmp_path:
 
         def check(folder: Path, manifest: dict[str, Any]) -> None:
             if folder.name == "step_00000002":
-                check_tensors(folder / TENSORS, some_state())
+                check_tensors(folder, state)
                 check_numbers(folder / NUMBERS, 2)
 
-        best, told = newest(tmp_path / str(i), check)
+        best, _, told = newest(tmp_path / str(i), check)
         assert best is not None, name
         assert best.name == "step_00000001", name
         assert len(told) == 1, name
@@ -241,8 +262,8 @@ def test_of_checkpoints_that_were_never_evaluated_only_the_newest_are_kept(tmp_p
 def test_weights_that_are_not_finite_are_never_committed(tmp_path: Path, value: float) -> None:
     write(taken(1), tmp_path, ABOUT, keep=2)
     bad = taken(2)
-    bad.tensors["model.weight"][3, 1] = value
-    with pytest.raises(Damaged, match=r"model.weight is not finite"):
+    bad.files[MODEL]["weight"][3, 1] = value
+    with pytest.raises(Torn, match=r"^weight is not finite"):
         write(bad, tmp_path, ABOUT, keep=2)
     assert found(tmp_path) == (1, [])
 
@@ -265,14 +286,111 @@ def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:
     for step in (1, 2):
         write(taken(step), tmp_path, ABOUT, keep=2)
     first, second = checkpoints(tmp_path)
-    shutil.copy(first / TENSORS, second / TENSORS)
+    shutil.copy(first / MODEL, second / MODEL)
     assert found(tmp_path)[0] == 1
 
 
-def test_a_snapshot_file_is_what_the_library_reads(tmp_path: Path) -> None:
+def test_a_file_of_weights_is_what_the_library_reads(tmp_path: Path) -> None:
     write(taken(7), tmp_path, ABOUT, keep=2)
     manifest = json.loads((checkpoints(tmp_path)[0] / MANIFEST).read_text())
-    assert manifest["config"] == "a digest"
-    tensors: dict[str, Tensor] = load_file(checkpoints(tmp_path)[0] / TENSORS)
+    assert manifest["config"] == {"seed": 0}
+    tensors: dict[str, Tensor] = load_file(checkpoints(tmp_path)[0] / MODEL)
+    assert tensors.keys() == {"weight", "count"}  # the network's own names
     save_file(tensors, tmp_path / "copy.safetensors")
-    assert manifest["files"][TENSORS]["bytes"] == (tmp_path / "copy.safetensors").stat().st_size
+    assert manifest["files"][MODEL]["bytes"] == (tmp_path / "copy.safetensors").stat().st_size
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_keeps_its_name(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(taken(step), tmp_path, ABOUT, keep=2)
+
+    def check(folder: Path, manifest: dict[str, Any]) -> None:
+        raise UserError("another network")
+
+    with pytest.raises(UserError, match="another network"):
+        newest(tmp_path, check)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("form", [1, 3])
+def test_a_checkpoint_of_another_format_is_refused_and_keeps_its_name(tmp_path: Path, form: int) -> None:
+    write(taken(2), tmp_path, ABOUT, keep=2)
+    signed(checkpoints(tmp_path)[0], format=form)
+    for read in (lambda: found(tmp_path), lambda: latest_manifest(tmp_path)):
+        with pytest.raises(UserError, match=rf"has format {form}, and this version of distrib reads format 2: go on with the"):
+            read()
+    assert names(tmp_path) == ["step_00000002"]
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int, name: str) -> list[Path]:
+    """Reading a file of this name fails so many times; returns the failures."""
+    failures: list[Path] = []
+    opened, read, lstat = Path.open, Path.read_bytes, Path.lstat
+
+    def fail(path: Path) -> None:
+        if path.name == name and len(failures) < times:
+            failures.append(path)
+            raise OSError(code, os.strerror(code), str(path))
+
+    def on(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(path: Path, *args: Any, **options: Any) -> Any:
+            fail(path)
+            return call(path, *args, **options)
+
+        return called
+
+    monkeypatch.setattr(disk, "PAUSES", (0, 0, 0))
+    for each, call in (("open", opened), ("read_bytes", read), ("lstat", lstat)):
+        monkeypatch.setattr(Path, each, on(call))
+    return failures
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN])
+@pytest.mark.parametrize("name", [MODEL, NUMBERS, MANIFEST])
+def test_a_read_that_fails_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, name: str
+) -> None:
+    write(taken(1), tmp_path, ABOUT, keep=2)
+    with monkeypatch.context() as patched:
+        failures = failing_reads(patched, code, 3, name)
+        assert newest(tmp_path, lambda *_: None)[0] is not None
+        assert len(failures) == 3
+    assert names(tmp_path) == ["step_00000001"]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM])
+@pytest.mark.parametrize("name", [MODEL, NUMBERS, MANIFEST])
+def test_a_checkpoint_that_cannot_be_read_now_ends_the_run_and_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, name: str
+) -> None:
+    for step in (1, 2):
+        write(taken(step), tmp_path, ABOUT, keep=2)
+    with monkeypatch.context() as patched:
+        failing_reads(patched, code, 1000, name)
+        with pytest.raises(RunError, match=r"step_00000002 cannot be read: .*; it is left as it is, try again later"):
+            newest(tmp_path, lambda *_: None)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert found(tmp_path) == (2, [])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(taken(step), tmp_path, ABOUT, keep=2)
+    for folder in checkpoints(tmp_path):
+        (folder / NUMBERS).write_text("")
+    for _ in range(2):  # also when they have been set aside
+        with pytest.raises(UserError, match=r"has no checkpoint that is intact, only step_00000001.damaged, step_00000002.dam"):
+            found(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert found(tmp_path) == (0, [])
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_score(tmp_path: Path) -> None:
+    for step, score in ((1, -3.0), (2, -1.0), (3, -1.0), (4, None)):
+        write(taken(step, score, evaluated=score is not None), tmp_path, ABOUT, keep=9)
+    assert best_of(checkpoints(tmp_path)) == tmp_path / "checkpoints" / "step_00000002"
+    assert best_of(checkpoints(tmp_path)[3:]) is None

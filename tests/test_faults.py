@@ -17,8 +17,8 @@ from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
 from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
-from distrib.folder import noted
-from distrib.watch import stuck, summary, whereabouts
+from distrib.runtime.stacks import stuck, summary, whereabouts
+from distrib.runtime.status import read_status
 
 LIMIT = 4  # seconds of a step: enough for one on a busy machine, little enough to wait for
 KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "model.norm=group"]
@@ -62,7 +62,7 @@ def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
     run_dir, began = tmp_path / "run", time.time()
     done = faulty(fault, 1, 25, run_dir, restarts=1)
     assert done.returncode == 0, done.stderr
-    words = rf"^train.py: nothing has moved for \d+ s \(limits.step={LIMIT}\): {culprit}; stacks are in \S+$"
+    words = rf"^distrib: nothing has moved for \d+ s \(limits.step={LIMIT}\): {culprit}; stacks are in \S+$"
     assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
     struck = run_dir.with_suffix(".mark").stat().st_mtime
     assert began < struck
@@ -73,7 +73,7 @@ def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
         assert "in steps_aside" in told["rank_1.txt"].read_text()
     if fault == "lock":
         assert "in steps_aside" in done.stderr  # what faulthandler wrote
-    assert noted(run_dir)["attempts"] == 2
+    assert read_status(run_dir)["attempts"] == 2
     assert_same(run_dir, whole)
 
 
@@ -89,17 +89,17 @@ def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> No
 def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whole: Path) -> None:
     done = faulty("SIGKILL", 0, 25, tmp_path / "run", restarts=1)
     assert done.returncode == 0, done.stderr
-    assert "train.py: rank 0 is gone, so that the others leave too" in done.stderr
+    assert "distrib: rank 0 is gone, so that the others leave too" in done.stderr
     assert "goes on after step 20" in done.stdout
-    assert noted(tmp_path / "run")["attempts"] == 2
+    assert read_status(tmp_path / "run")["attempts"] == 2
     assert_same(tmp_path / "run", whole)
 
 
 def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
     done = faulty("SIGKILL", 1, 25, tmp_path / "run")
     assert done.returncode == 1
-    assert done.stderr.count("train.py: rank 1 is gone, so that the others leave too") == 1
-    status = noted(tmp_path / "run")
+    assert done.stderr.count("distrib: rank 1 is gone, so that the others leave too") == 1
+    status = read_status(tmp_path / "run")
     assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 is gone", 1, 20)
 
 
@@ -107,14 +107,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None
     run_dir = tmp_path / "run"
     done = faulty("nan", 1, 22, run_dir)
     assert done.returncode == 1
-    words = r"^train.py: the loss of rank 1 is not finite in step 23: .*nonfinite=skip goes on without such steps$"
+    words = r"^distrib: the loss of rank 1 is not finite in step 23: .*nonfinite=skip goes on without such steps$"
     assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
     images = Steps(1437, 60, 0, 1, 2)(22).images.tolist()
     assert (
         f"step 23: the loss of rank 1 is not finite, and no weight was changed; images {', '.join(map(str, images[:8]))} and"
         in done.stdout
     )
-    assert noted(run_dir)["state"] == "failed"
+    assert read_status(run_dir)["state"] == "failed"
     assert max((run_dir / "checkpoints").iterdir()).name == "step_00000020"
 
 
@@ -132,14 +132,14 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -
     done = faulty("nan", -1, 22, tmp_path / "run", "nonfinite=skip", "nonfinite_limit=3")
     assert done.returncode == 1
     assert done.stdout.count("the loss of rank 1 is not finite") == 4
-    assert "train.py: 4 steps in a row were not finite, up to step 26: try a smaller optim.lr" in done.stderr
+    assert "distrib: 4 steps in a row were not finite, up to step 26: try a smaller optim.lr" in done.stderr
 
 
 def test_a_weight_that_differs_by_a_bit_between_ranks_stops_the_run_at_the_next_save(tmp_path: Path) -> None:
     done = faulty("bit", 1, 22, tmp_path / "run")
     assert done.returncode == 1
     assert (
-        len(re.findall(r"^train.py: the weights of rank 1 are not those of the other ranks after step 30: ", done.stderr, re.M))
+        len(re.findall(r"^distrib: the weights of rank 1 are not those of the other ranks after step 30: ", done.stderr, re.M))
         == 1
     )
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step_00000020"
@@ -162,7 +162,7 @@ def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_pa
     assert done.returncode == 0, done.stderr
     assert "rank 1 ran out of memory after step 22 with micro_batches=1: the same command tries 2" in done.stderr
     assert "is cut into micro_batches=2: as at the last attempt" in done.stdout
-    assert noted(tmp_path / "run")["micro_batches"] == 2
+    assert read_status(tmp_path / "run")["micro_batches"] == 2
 
 
 def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Path, whole: Path) -> None:
@@ -179,7 +179,7 @@ def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Pa
     ]
     told = [each.communicate(timeout=180)[1].decode() for each in nodes]
     assert [each.returncode for each in nodes] == [0, 0], told
-    assert noted(tmp_path / "run")["attempts"] == 2
+    assert read_status(tmp_path / "run")["attempts"] == 2
     assert_same(tmp_path / "run", whole)
 
 

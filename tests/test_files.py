@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distrib.config import UserError
-from distrib.data.files import Files, Reader, decoded, middle, random_box, resized
+from distrib.data.files import Reader, center_box, decode, random_box, resize
 from distrib.data.loaders import Streamed
+from distrib.data.source import Files
 from distrib.data.steps import Share
+from distrib.errors import UserError
 
 CPU = torch.device("cpu")
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -106,7 +107,7 @@ def test_a_large_jpeg_is_decoded_at_less_only_where_the_crop_keeps_its_pixels(
     Image.new("RGB", (width, height), (200, 100, 50)).save(file, "JPEG")
     left, top, right, bottom = box = random_box(width, height, 0.08, drawn)
     with Image.open(file) as image:
-        part = decoded(image, box, 32)
+        part = decode(image, box, 32)
     for kept, side in zip(part.shape, (bottom - top, right - left), strict=False):
         assert kept >= min(side, 2 * 32)
     assert min(bottom - top, right - left) < 132 or len(part) < bottom - top
@@ -121,14 +122,14 @@ def test_what_is_read_looks_as_pillow_would_show_it(tmp_path: Path, width: int, 
     Image.fromarray((127 + 120 * waves).byte().numpy()).save(tmp_path / "a.jpg", quality=95)
     box = random_box(width, width * 3 // 4, 0.25, [0.5, 0.3, 0.2, 0.9])
     with Image.open(tmp_path / "a.jpg") as image:
-        pixels = resized(decoded(image, box, 64), 64)
+        pixels = resize(decode(image, box, 64), 64)
     with Image.open(tmp_path / "a.jpg") as image:
         shown = np.array(image.resize((64, 64), Image.Resampling.BILINEAR, box))
     assert (pixels.permute(1, 2, 0).float() - torch.from_numpy(shown).float()).abs().mean() < within
 
 
 def test_the_middle_is_centred_and_square() -> None:
-    assert middle(800, 400) == (225, 25, 575, 375)
+    assert center_box(800, 400) == (225, 25, 575, 375)
 
 
 def test_a_crop_follows_the_image_the_epoch_and_the_seed_and_not_the_batch(tmp_path: Path) -> None:
@@ -147,8 +148,8 @@ def test_workers_read_what_one_process_would(tmp_path: Path) -> None:
     alone, helped = (
         list(Streamed(reader(paths, 0.3), CPU, workers, tmp_path / "stacks.txt").read(iter(shares))) for workers in (0, 2)
     )
-    for (a, images_a, labels_a), (b, images_b, labels_b) in zip(alone, helped, strict=True):
+    for (a, images_a, targets_a), (b, images_b, targets_b) in zip(alone, helped, strict=True):
         assert a.epoch == b.epoch
         assert torch.equal(a.images, b.images)
         assert torch.equal(images_a, images_b)
-        assert torch.equal(labels_a, labels_b)
+        assert torch.equal(targets_a, targets_b)

@@ -15,8 +15,8 @@ from conftest import ON_CPUS, ROOT, SMALL, launch, points, weights
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-import train
-from distrib import checkpoint
+from distrib.cli import main
+from distrib.runtime import checkpoint
 
 ACCELERATE = [
     sys.executable,
@@ -40,10 +40,10 @@ def pictures(root: Path, train: int = 40, val: int = 6) -> Path:
 
 def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command line that is refused gets to hear, in this process."""
-    assert train.main(args) == 2
+    assert main(["train", *args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("train.py: ")
+    assert err.startswith("distrib: ")
     assert err.count("\n") == 1
     return err
 
@@ -52,12 +52,12 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("args", "words"),
     [
         (["optim.lrr=1"], "no key optim.lrr: did you mean optim.lr?"),
-        (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        (["optim.lr=fast"], "optim.lr is 'fast', not a number"),
         (["epochs=-1"], "epochs is -1.0, not in (0, inf)"),
         (["nowhere.yaml"], "no config file nowhere.yaml"),
-        (["data.name=digit"], "no data set 'digit': use one of digits, mnist"),
+        (["data.name=digit"], "there is no data set 'digit': use one of digits, mnist, "),
         (["data.name=folder", "data.root=/nowhere"], "data.root is '/nowhere', which lacks train/CLASS/image files"),
-        (["model.name=resnet19"], "no model 'resnet19': use cnn"),
+        (["model.name=resnet19"], "there is no model 'resnet19': use cnn or airbench, or one of torchvision's: "),
         (["model.weights=/nowhere.pth"], "model.weights /nowhere.pth cannot be read"),
         (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),
         (["micro_batches=129"], "micro_batches 129 is more than the 128 images of a rank's share of a batch: use 128 or fewer"),
@@ -78,7 +78,7 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [*SMALL, f"run_dir={tmp_path}"]
-    assert train.main(keys) == 0
+    assert main(["train", *keys]) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     assert "was begun with another seed (0 there, 1 now): give another run_dir" in told([*keys, "seed=1"], capsys)
@@ -102,7 +102,7 @@ def test_a_run_goes_on_when_a_save_fails_and_tries_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full_disk(monkeypatch, range(1, 3))
-    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=10"]) == 0
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=10"]) == 0
     warning = (
         "warning: no checkpoint of step 20 could be saved: OSError: [Errno 28] No space left on device; it is tried again now"
     )
@@ -123,7 +123,7 @@ def test_a_run_goes_on_when_tensorboards_file_cannot_be_written_and_tries_a_new_
         write(self, data)
 
     monkeypatch.setattr(RecordWriter, "write", writing)
-    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=10", "log_every=2"]) == 0
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=10", "log_every=2"]) == 0
     assert capsys.readouterr().out.count("warning: TensorBoard's file cannot be written: [Errno 28] No space left") == 1
     steps = [step for step, _ in points(tmp_path)["train/loss"]]
     assert steps[0] == 2
@@ -134,12 +134,12 @@ def test_a_run_that_cannot_save_its_end_does_not_exit_with_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full_disk(monkeypatch, range(1, 9))
-    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 1
-    assert "train.py: no checkpoint of step 46 could be saved: OSError: [Errno 28]" in capsys.readouterr().err
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 1
+    assert "distrib: no checkpoint of step 46 could be saved: OSError: [Errno 28]" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000040"]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
     monkeypatch.undo()
-    assert train.main([*SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 0
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 0
     assert "goes on after step 40" in capsys.readouterr().out
 
 
@@ -159,25 +159,68 @@ def test_help_and_print_config_are_told_and_nothing_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--help"]) == 0
-    assert "optim.label_smoothing" in capsys.readouterr().out
-    assert train.main(["--print-config", "epochs=3"]) == 0
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\nobjective.*\n  name " in out
+    assert "\n  label_smoothing part of a label's weight " in out
+    assert main(["train", "--print-config", "epochs=3"]) == 0
     assert "\nepochs: 3.0\n" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    assert train.main(["--help"]) == 0
+    assert main(["train", "--help"]) == 0
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def start(launcher: list[str], *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+QUICK = """\
+import sys
+from distrib.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["train", "--print-config"], 0),
+        (["trian"], 2),
+        (["train", "optim.lrr=1"], 2),
+        (["train", "data.name=digit"], 2),
+        (["train", "nowhere.yaml"], 2),
+    ],
+)
+def test_help_and_a_typo_are_answered_without_torch_which_takes_seconds(args: list[str], code: int) -> None:
+    done = start([sys.executable, "-c", QUICK], *args)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout.count("\n") > 5, done.stderr.count("\n")) == ((True, 0) if code == 0 else (False, 1))
+
+
+def test_help_fits_on_a_terminal_of_80_columns() -> None:
+    done = start([sys.executable, "-m", "distrib", "train", "--help"], COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+    assert max(map(len, done.stdout.splitlines())) > 70
+
+
+def test_local_sh_tells_of_a_mistake_in_one_line() -> None:
+    done = start(["launch/local.sh"], "optim.lrr=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "distrib: there is no key optim.lrr: did you mean optim.lr?\n"
+
+
+def start(launcher: list[str], *args: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [*launcher, *args]
-    environment = os.environ | ON_CPUS | {"PATH": path}
+    environment = os.environ | ON_CPUS | {"PATH": path} | variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 LAUNCHERS = {
     "python": [sys.executable, "train.py"],
+    "python -m": [sys.executable, "-m", "distrib", "train"],
     "accelerate": [*ACCELERATE, "--num_processes=1", "train.py"],
     "accelerate 2": [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", "train.py"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py"],
@@ -204,7 +247,8 @@ def test_local_sh_starts_a_rank_for_each_gpu_that_is_visible(tmp_path: Path, vis
     for name, line in (("nvidia-smi", "printf 'GPU %d: H100\\n' 0 1 2 3"), ("accelerate", 'echo "$@"')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     said = subprocess.run([ROOT / "launch/local.sh"], env=environment, capture_output=True, text=True, check=True).stdout
     assert f"--num_processes {ranks} " in said
 
@@ -253,8 +297,8 @@ def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
 def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path, pair: str, words: str) -> None:
     done = launch(2, "train.py", pair, f"run_dir={tmp_path / 'run'}", timeout=60)
     assert done.returncode != 0
-    assert done.stderr.count(f"train.py: {words}\n") == done.stderr.count(words) == 1
-    assert "Traceback" not in done.stderr.split("train.py: ")[0]
+    assert done.stderr.count(f"distrib: {words}\n") == done.stderr.count(words) == 1
+    assert "Traceback" not in done.stderr.split("distrib: ")[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -262,7 +306,7 @@ def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder", train=2, val=2)
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=3", f"run_dir={tmp_path / 'run'}"]
     done = launch(3, "train.py", *keys, timeout=60)
-    assert "train.py: 3 ranks are more than the 2 training images: use 2 or fewer\n" in done.stderr
+    assert "distrib: 3 ranks are more than the 2 training images: use 2 or fewer\n" in done.stderr
 
 
 def test_a_file_that_is_no_image_ends_a_run_on_all_ranks_and_is_named(tmp_path: Path) -> None:
@@ -279,7 +323,7 @@ def test_a_file_that_is_no_image_ends_a_run_on_all_ranks_and_is_named(tmp_path: 
     ]
     done = launch(2, "train.py", *keys, "data.workers=1", timeout=60)
     assert done.returncode != 0
-    assert len(re.findall(rf"^train.py: (rank 1: )?{broken} cannot be read as an image: ", done.stderr, re.M)) == 1
+    assert len(re.findall(rf"^distrib: (rank 1: )?{broken} cannot be read as an image: ", done.stderr, re.M)) == 1
 
 
 def test_the_config_of_imagenet_trains_on_a_folder_of_the_true_format(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from PIL import Image
 
 from distrib.config import Config, DataConfig
 from distrib.data import loaders
-from distrib.data.loaders import Batch, Loader, Resident, home
-from distrib.data.sources import Source, load_source
+from distrib.data.datasets import load_source
+from distrib.data.loaders import Batch, Loader, Resident, placement
+from distrib.data.source import Source
 from distrib.data.steps import Share, Steps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEVICES = [CPU, GPU] if torch.cuda.is_available() else [CPU]
-NOISE = DataConfig(shift=1, flip="random", workers=2)
+NOISE = DataConfig(translate=1, flip="random", workers=2)
 
 
 def loader(
@@ -31,7 +32,7 @@ def loader(
 
 
 def train(opened: Loader, steps: range) -> list[Batch]:
-    return [Batch(images.cpu(), labels.cpu()) for images, labels in opened.train(steps)]
+    return [Batch(images.cpu(), targets.cpu()) for images, targets in opened.train(steps)]
 
 
 def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
@@ -68,8 +69,8 @@ def test_a_gpu_keeps_what_takes_a_quarter_of_its_free_memory_or_what_it_is_told_
     monkeypatch: pytest.MonkeyPatch, size: int, where: str, kept: torch.device
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
-    assert home(size, where, GPU) == kept
-    assert home(size, where, CPU) == CPU
+    assert placement(size, where, GPU) == kept
+    assert placement(size, where, CPU) == CPU
 
 
 @pytest.mark.parametrize("name", ["memory", "files"])
@@ -107,7 +108,7 @@ def test_workers_stay_from_one_evaluation_to_the_next_and_leave_with_the_loader(
         evaluations.append(list(opened.val(size)))
         staff.append(workers() - before)
     assert_same(evaluations[0], evaluations[1])
-    assert sum(len(each.labels) for each in evaluations[2]) == 11
+    assert sum(len(each.targets) for each in evaluations[2]) == 11
     assert len(staff[0]) == 2
     assert staff[0] == staff[1] == staff[2]
     del opened

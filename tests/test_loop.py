@@ -1,7 +1,10 @@
 """The loop, in one process: steps, evaluation, going on after an interruption."""
 
+import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,28 +15,36 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import SMALL, points, weights
+from conftest import SMALL, joined, points, weights
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-import train
-from distrib import loop, memory, models
-from distrib.config import Config, OptimConfig, RunError, UserError, load_config
+import distrib
+from distrib.command_line import load_config
+from distrib.config import Config, ObjectiveConfig, OptimConfig
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
-from distrib.log import Log
-from distrib.loop import TrainState, due, evaluate, report, train_step
-from distrib.metrics import zeros
-from distrib.optim import build_optimizer
-from distrib.watch import Watch
+from distrib.errors import RunError, UserError
+from distrib.reporting.log import Log
+from distrib.runtime.stopwatch import Stopwatch
+from distrib.training import loop, memory
+from distrib.training.context import Run
+from distrib.training.evaluation import evaluate
+from distrib.training.loop import due, report, train_step
+from distrib.training.objective import CrossEntropy, build_objective
+from distrib.training.optim import build_optimizer
+from distrib.training.state import TrainState
 
 
 class Kill(Exception):  # noqa: N818
     """What stands for a kill: nothing in the trainer catches it."""
 
 
-def run(run_dir: Path, *args: str) -> TrainState:
-    config = load_config([*SMALL, f"run_dir={run_dir}", "threads=1", *args])
-    return train.train(config, longer=any(arg.startswith("epochs=") for arg in args))
+def run(run_dir: Path, *args: str, **handed: Any) -> TrainState:
+    """Train as SMALL and `args` say, with a data set, a network and an objective that are `handed` in, if any are."""
+    small = [key for key in SMALL if "network" not in handed or not key.startswith("model.")]
+    config = load_config([*small, f"run_dir={run_dir}", "threads=1", *args])
+    return distrib.train(config, longer=any(arg.startswith("epochs=") for arg in args), **handed)
 
 
 def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: str) -> None:
@@ -49,24 +60,36 @@ def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: s
     time.sleep(1 - time.time() % 1)  # the files of one process that begin in the same second are not in order for TensorBoard
 
 
-def plain_state(model: nn.Module, accelerator: Accelerator, config: OptimConfig) -> TrainState:
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, config))
-    return TrainState(prepared, model, optimizer, None, zeros(accelerator.device))
+def plain(model: nn.Module, config: Config, rate: float = 0.1, micro_batches: int = 1) -> tuple[TrainState, Run]:
+    """The state of a network and what a step works with, without data, and with the same learning rate in each step."""
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    unused: Any = None
+    loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
+    schedule: Any = lambda step: rate  # noqa: E731
+    objective, stopwatch = build_objective(config), Stopwatch()
+    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, stopwatch, unused)
+    return TrainState(model, optimizer), replace(run, micro_batches=micro_batches)
 
 
-def changed(state: TrainState, before: dict[str, torch.Tensor]) -> list[str]:
+def changed(state: TrainState, before: dict[str, Tensor]) -> list[str]:
     """The tensors that are not as before, or were not there and are not 0."""
-    tensors = state.tensors().items()
+    tensors = joined(state.files()).items()
     return [name for name, each in tensors if not torch.equal(each, before.get(name, torch.zeros_like(each)))]
+
+
+def copied(state: TrainState) -> dict[str, Tensor]:
+    """What the tensors of a state are now."""
+    return {name: each.clone() for name, each in joined(state.files()).items()}
 
 
 ALL = [
     "model.dropout=0.3",
     "data.flip=alternating",
-    "data.erase=2",
+    "data.cutout=2",
     "model.whiten=1",
-    "views=6",
-    "optim.average_decay=0.9",
+    "tta=6",
+    "optim.ema_decay=0.9",
     "save_every=8",
     "eval_every=7",
 ]
@@ -90,31 +113,64 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 
 def test_the_moving_average_is_evaluated_as_exactly_as_the_network(tmp_path: Path) -> None:
-    run(tmp_path, "precision=bf16", "views=2", "epochs=1", "optim.average_decay=1e-12")  # so it has the weights of the network
+    run(tmp_path, "precision=bf16", "tta=2", "epochs=1", "optim.ema_decay=1e-12")  # so it has the weights of the network
     found = points(tmp_path)
-    assert found["val_average/loss"] == found["val/loss"]
+    assert found["val_ema/loss"] == found["val/loss"]
 
 
 class Tiny(nn.Sequential):
     """A network for 8x8 pixels that is compiled in seconds."""
 
-    def __init__(self, channels: int, classes: int, width: int, dropout: float) -> None:
-        super().__init__(
-            nn.Conv2d(channels, width, 3), nn.GroupNorm(2, width), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, classes)
-        )
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(nn.Conv2d(1, width, 3), nn.GroupNorm(2, width), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 10))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.11's, of itself
-def test_a_compiled_network_trains_like_a_plain_one_and_its_weights_keep_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(models.OWN, "tiny", Tiny)
-    keys = ["epochs=1", "model.name=tiny", "log_every=1"]
-    plain, compiled = run(tmp_path / "plain", *keys), run(tmp_path / "compiled", *keys, "compile=default")
-    assert compiled.network._compiled_call_impl is not None
-    assert compiled.tensors().keys() == plain.tensors().keys()
+def test_a_compiled_network_trains_like_a_plain_one_and_its_weights_keep_their_names(tmp_path: Path) -> None:
+    keys = ["epochs=1", "log_every=1"]
+    plain = run(tmp_path / "plain", *keys, network=Tiny)
+    counters.clear()
+    compiled = run(tmp_path / "compiled", *keys, "compile=default", network=Tiny)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert compiled.network._compiled_call_impl is None  # it may be trained again, and otherwise
+    assert {file: each.keys() for file, each in compiled.files().items()} == {
+        file: each.keys() for file, each in plain.files().items()
+    }
     expected, got = (dict(points(tmp_path / name)["train/loss"]) for name in ("plain", "compiled"))
     assert got == pytest.approx(expected, rel=1e-3)
+
+
+@contextmanager
+def types_of(layer: nn.Module) -> Iterator[list[torch.dtype]]:
+    """The type of what a layer gives, each time that it computes."""
+    types = list[torch.dtype]()
+    hook = layer.register_forward_hook(lambda layer, images, out: types.append(out.dtype))
+    yield types
+    hook.remove()
+
+
+def test_a_network_that_was_trained_in_bf16_computes_in_its_own_precision_afterwards(tmp_path: Path) -> None:
+    network = Tiny()
+    for precision, inside in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        with types_of(network[0]) as types:
+            state = run(tmp_path / precision, f"precision={precision}", network=network)
+        assert state.network is network
+        assert inside in types
+        device = next(network.parameters()).device
+        with types_of(network[0]) as types:
+            assert network(torch.zeros(1, 1, 8, 8, device=device)).dtype == torch.float32
+        assert types == [torch.float32]
+
+
+def test_runs_of_one_process_have_each_its_own_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, precision in (("first", "no"), ("bf16", "bf16"), ("no", "no")):
+        run(tmp_path / name, f"precision={precision}")
+        assert f"precision {precision} (as asked)" in capsys.readouterr().out
+    first, bf16, no = (weights(tmp_path / name) for name in ("first", "bf16", "no"))
+    assert first.keys() == no.keys()
+    assert [name for name in first if not torch.equal(no[name], first[name])] == []
+    assert not all(map(torch.equal, bf16.values(), first.values()))
+    assert all(each.isfinite().all() for each in bf16.values())
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,9 +178,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     before = weights(tmp_path)
     again = run(tmp_path)
-    assert (again.step, again.top1, again.best_step) == (state.step, state.top1, state.best_step)
+    assert again.numbers() == state.numbers()
     assert all(map(torch.equal, before.values(), weights(tmp_path).values()))
-    assert f"done: top1 {state.top1:.2f} %" in capsys.readouterr().out
+    assert f"done: top1 {state.values['top1']:.2f} %" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_trained_longer(tmp_path: Path) -> None:
@@ -150,55 +206,48 @@ def test_parts_of_any_size_give_the_gradient_of_the_whole(parts: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
     batch = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
-    gradient = torch.autograd.grad(F.cross_entropy(model(batch.images), batch.labels, label_smoothing=0.1), model[1].weight)[0]
+    gradient = torch.autograd.grad(F.cross_entropy(model(batch.images), batch.targets, label_smoothing=0.1), model[1].weight)[0]
     before = model[1].weight.detach().clone()
-    config = Config(optim=OptimConfig(momentum=0, weight_decay=0, label_smoothing=0.1))
-    accelerator = Accelerator(cpu=True)
-    state = plain_state(model, accelerator, config.optim)
-    state.micro_batches = parts
-    train_step(state, batch, 0.5, config, accelerator)
+    config = Config(objective=ObjectiveConfig(label_smoothing=0.1), optim=OptimConfig(momentum=0, weight_decay=0))
+    state, run = plain(model, config, rate=0.5, micro_batches=parts)
+    train_step(state, batch, run)
     torch.testing.assert_close(before - model[1].weight, 0.5 * gradient)
     assert state.step == 1
-    assert state.told[-1].images == [len(part) for part in torch.arange(7).tensor_split(parts)]
+    assert run.records[-1].images == [len(part) for part in torch.arange(7).tensor_split(parts)]
 
 
 def test_a_long_gradient_is_cut() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
     before = [each.detach().clone() for each in model.parameters()]
-    config = Config(optim=OptimConfig(momentum=0, weight_decay=0, clip_norm=0.01))
-    accelerator = Accelerator(cpu=True)
-    state = plain_state(model, accelerator, config.optim)
-    train_step(state, Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,))), 1.0, config, accelerator)
+    state, run = plain(model, Config(optim=OptimConfig(momentum=0, weight_decay=0, clip_norm=0.01)), rate=1.0)
+    train_step(state, Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,))), run)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]).norm()
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 5))
-    accelerator = Accelerator(cpu=True)
-    config = Config(optim=OptimConfig(momentum=0))
-    state = plain_state(model, accelerator, config.optim)
+    config = Config(run_dir=str(tmp_path), optim=OptimConfig(momentum=0))
+    state, run = plain(model, config)
     # Accelerate has a scaler on GPUs only; torch's works on a CPU too, and here it is what a GPU would get.
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    accelerator.scaler = scaler
-    plain = build_optimizer(model, config.optim, fused=False)
-    state.optimizer = AcceleratedOptimizer(plain, scaler=scaler)
-    accelerator._optimizers = [state.optimizer]
+    run.accelerator.scaler = scaler
+    state.optimizer = AcceleratedOptimizer(build_optimizer(model, config.optim, fused=False), scaler=scaler)
+    run.accelerator._optimizers = [state.optimizer]
 
     before = {name: each.clone() for name, each in model.state_dict().items()}
     good = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
-    train_step(state, Batch(good.images * float("inf"), good.labels), 0.1, config, accelerator)
+    train_step(state, Batch(good.images * float("inf"), good.targets), run)
     assert (state.skipped_steps, state.step, scaler.get_scale()) == (1, 1, 2.0)
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-    train_step(state, good, 0.1, config, accelerator)
+    train_step(state, good, run)
     assert (state.skipped_steps, state.step) == (1, 2)
     assert not torch.equal(model[2].weight, before["2.weight"])
-    with Log(replace(config, run_dir=str(tmp_path)), 0, 2, Steps(100, 7, 0), silent=False) as log:
-        loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
-        unused: Any = None
-        watch = Watch(config)
-        watch.stepped()
-        report(state, 0.1, loop.Run(config, accelerator, loader, unused, log, unused, watch))
+    forms = {name: meter.form for name, meter in run.objective.meters.items()}
+    log = Log(config, 2, run.loader.steps, forms, run.objective.main)
+    with log.opened(0):
+        run.stopwatch.stepped()
+        report(state, replace(run, log=log))
     assert points(tmp_path)["train/skipped_steps"] == [(2, 1.0)]
     ((_, loss),) = points(tmp_path)["train/loss"]
     assert math.isfinite(loss)
@@ -207,24 +256,22 @@ def test_a_step_that_fp16s_scaler_skips_is_counted_logged_and_changes_nothing(tm
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: Literal["sgd", "adamw", "muon"], bad: float) -> None:
-    config = Config(nonfinite="skip", optim=OptimConfig(name=optimizer))
-    accelerator = Accelerator(cpu=True)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
-    state = plain_state(model, accelerator, config.optim)
+    state, run = plain(model, Config(nonfinite="skip", optim=OptimConfig(name=optimizer)))
     good = Batch(torch.randn(7, 1, 4, 4), torch.randint(5, (7,)))
-    before = {name: each.clone() for name, each in state.tensors().items()}
-    train_step(state, Batch(good.images * bad, good.labels), 0.1, config, accelerator)
+    before = copied(state)
+    train_step(state, Batch(good.images * bad, good.targets), run)
     assert changed(state, before) == []
-    train_step(state, good, 0.1, config, accelerator)
-    before = {name: each.clone() for name, each in state.tensors().items()}
-    train_step(state, Batch(good.images * bad, good.labels), 0.1, config, accelerator)
+    train_step(state, good, run)
+    before = copied(state)
+    train_step(state, Batch(good.images * bad, good.targets), run)
     assert state.step == 3
     assert changed(state, before) == []
-    train_step(state, good, 0.1, config, accelerator)
-    after = state.tensors()
+    train_step(state, good, run)
+    after = joined(state.files())
     assert not torch.equal(after["model.0.weight"], before["model.0.weight"])
     assert all(each.isfinite().all() for each in after.values())
-    assert [step.scalars[0].item() for step in state.told] == [1, 0, 1, 0]
+    assert [record.values[0].item() for record in run.records] == [1, 0, 1, 0]
 
 
 def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:
@@ -235,12 +282,15 @@ def test_a_share_without_batch_statistics_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_rehearsal_of_a_step_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rehearsed = run(tmp_path / "rehearsed")
+    run(tmp_path / "rehearsed")
     monkeypatch.setattr(memory, "fits", lambda *args: True)
-    plain = run(tmp_path / "plain")
-    assert (rehearsed.micro_batches, plain.micro_batches) == (1, 1)
-    expected = plain.tensors()
-    assert [name for name, each in rehearsed.tensors().items() if not torch.equal(each, expected[name])] == []
+    run(tmp_path / "plain")
+    for name in ("rehearsed", "plain"):
+        manifest = json.loads((max((tmp_path / name / "checkpoints").iterdir()) / "manifest.json").read_text())
+        assert manifest["chosen"]["virtual_ranks"] == 1  # so a share was not cut
+    expected, got = weights(tmp_path / "plain"), weights(tmp_path / "rehearsed")
+    assert got.keys() == expected.keys()
+    assert [name for name, each in got.items() if not torch.equal(each, expected[name])] == []
 
 
 def test_parts_that_were_asked_for_and_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,18 +316,18 @@ class OddLoader:
 
     def val(self, size: int) -> Any:
         images = torch.arange(11.0 - self.lost).view(-1, 1, 1, 1)
-        labels = torch.arange(11 - self.lost) % 10
-        labels[0] = 5
-        return (Batch(*each) for each in zip(images.split(size), labels.split(size), strict=True))
+        targets = torch.arange(11 - self.lost) % 10
+        targets[0] = 5
+        return (Batch(*each) for each in zip(images.split(size), targets.split(size), strict=True))
 
 
 def test_an_evaluation_counts_each_image_once_and_says_so_if_one_is_lost() -> None:
     accelerator = Accelerator(cpu=True)
     whole: Any = OddLoader(lost=0)
-    assert evaluate(Memorizer(), whole, 4, 1, accelerator)["top1"] == pytest.approx(100 * 10 / 11)
+    assert evaluate(Memorizer(), whole, CrossEntropy(), accelerator, size=4, views=1)["top1"] == pytest.approx(100 * 10 / 11)
     torn: Any = OddLoader(lost=1)
     with pytest.raises(AssertionError, match=r"\(10, 11\)"):
-        evaluate(Memorizer(), torn, 4, 1, accelerator)
+        evaluate(Memorizer(), torn, CrossEntropy(), accelerator, size=4, views=1)
 
 
 def test_dropout_differs_between_steps_and_ranks_and_not_between_tries() -> None:
@@ -300,12 +350,22 @@ def test_bf16_trains_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_config_of_cifar10_trains_on_files_of_the_true_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_sources import datasets, write_cifar
+    from test_datasets import datasets, write_cifar
 
     write_cifar(tmp_path, datasets.CIFAR10, "labels", "label_names", 10, monkeypatch)
     config = load_config(
         ["configs/cifar10.yaml", f"run_dir={tmp_path / 'run'}", f"data.root={tmp_path}", "epochs=1", "batch_size=20"]
     )
-    state = train.train(replace(config, precision="no"))
+    state = distrib.train(replace(config, precision="no"))
     assert state.step == 5
     assert points(tmp_path / "run")["val/top5"]
+
+
+def test_a_network_whose_run_was_refused_computes_in_its_own_precision_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Tiny()
+    monkeypatch.setattr(memory, "fits", lambda *args: False)
+    with pytest.raises(UserError, match=r"has no memory for micro_batches=2"):
+        run(tmp_path, "precision=bf16", "micro_batches=2", network=network)
+    assert network(torch.zeros(1, 1, 8, 8)).dtype == torch.float32

@@ -5,8 +5,8 @@ import resource
 import pytest
 import torch
 
-from distrib import memory
-from distrib.config import UserError
+from distrib.errors import UserError
+from distrib.training import memory
 
 
 def pages_asked_for(size: int) -> int:

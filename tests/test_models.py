@@ -5,8 +5,11 @@ import torch
 from torch import nn
 from torchvision import models
 
-from distrib.config import ModelConfig, UserError
-from distrib.models import CNN, build_model, fit_whitening
+from distrib.config import ModelConfig
+from distrib.errors import UserError
+from distrib.models.build import build_model
+from distrib.models.cnn import CNN
+from distrib.models.layers import fit_whitening
 
 SHAPE = (1, 28, 28)
 
@@ -99,3 +102,39 @@ def test_dropout_is_of_the_cnns_features() -> None:
     assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
+
+
+def test_a_network_that_is_handed_in_is_called_once_and_taken_as_it_is() -> None:
+    calls = []
+
+    def build() -> nn.Module:
+        calls.append(1)
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 7))
+
+    assert build_model(ModelConfig(name="own:build"), SHAPE, classes=7, handed=build)(torch.zeros(2, *SHAPE)).shape == (2, 7)
+    assert len(calls) == 1
+    network = build()
+    assert build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, handed=network) is network
+    assert network.training
+    network.eval()
+    assert not build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, handed=network).training
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), r"gives \[1, 9\] for one image, not logits of 7 classes: \[1, 7\]"),
+        (nn.Conv2d(1, 7, 28), r"gives \[1, 7, 1, 1\] for one image, not logits of 7 classes: \[1, 7\]"),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(784, 7)), r"gives \[7\] for one image, not logits of 7 classes: \[1, 7\]"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(783, 7)), r"does not take images of 1x28x28: [^\n]+"),
+        (nn.Conv2d(3, 7, 28), r"does not take images of 1x28x28: [^\n]+"),
+    ],
+)
+def test_a_handed_network_that_gives_no_logits_is_refused_in_a_line(network: nn.Module, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^model own:mine {words}$"):
+        build_model(ModelConfig(name="own:mine"), SHAPE, classes=7, handed=network)
+
+
+def test_a_handed_network_brings_its_own_first_layer() -> None:
+    with pytest.raises(UserError, match=r"^model.whiten changes the channels of a network's input: put such a layer into your"):
+        build_model(ModelConfig(name="own:mine", whiten=2), SHAPE, classes=7, handed=nn.Flatten())

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from distrib.config import Config, OptimConfig
-from distrib.muon import orthogonal
-from distrib.optim import Schedule, build_average, build_optimizer, build_schedule, move_average, set_learning_rate
-from distrib.state import TrainState
+from distrib.training.muon import orthogonal
+from distrib.training.optim import Schedule, build_ema, build_optimizer, build_schedule, set_learning_rate, update_ema
+from distrib.training.state import TrainState
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -87,14 +87,14 @@ def test_muon_moves_filters_by_an_orthogonal_matrix() -> None:
 
 def test_an_average_follows_weights_and_batch_statistics() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = build_average(model, decay=0.75)
+    average = build_ema(model, decay=0.75)
     assert average is not None
     start = [each.detach().clone() for each in (model[0].weight, model[1].running_mean)]
     with torch.no_grad():
         model[0].weight += 1
         model[1].running_mean += 1
-    state = TrainState(model, model, build_optimizer(model, OptimConfig()), average, torch.zeros(4))
-    move_average(*state.averaged, decay=0.75)
+    state = TrainState(model, build_optimizer(model, OptimConfig()), average)
+    update_ema(*state.averaged, decay=0.75)
     torch.testing.assert_close(average[0].weight, start[0] + 0.25)
     torch.testing.assert_close(average[1].running_mean, start[1] + 0.25)
-    assert build_average(model, decay=0) is None
+    assert build_ema(model, decay=0) is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distrib import precision
-from distrib.config import UserError
-from distrib.precision import bf16_error, choose_precision
+from distrib.errors import UserError
+from distrib.training import precision
+from distrib.training.precision import bf16_error, choose_precision
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_this_machine_convolves_rightly_in_bf16() -> None:
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 7])
 def test_a_wrong_bf16_convolution_means_fp32_or_a_refusal(monkeypatch: pytest.MonkeyPatch, kernel: int) -> None:
-    monkeypatch.setattr(precision, "_fast_at_bf16", lambda device: (True, "it is"))
+    monkeypatch.setattr(precision, "is_fast_at_bf16", lambda device: (True, "it is"))
     break_bf16(monkeypatch, kernel)
     assert choose_precision("auto", CPU) == ("no", "its bf16 convolutions are wrong by 75% of the result")
     with pytest.raises(UserError, match="precision=bf16 cannot be trusted on this cpu"):
@@ -37,7 +37,7 @@ def test_a_wrong_bf16_convolution_means_fp32_or_a_refusal(monkeypatch: pytest.Mo
 
 
 def test_a_device_that_is_slow_at_bf16_gets_fp32_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_has", lambda feature: False)
+    monkeypatch.setattr(precision, "cpu_has", lambda feature: False)
     assert choose_precision("auto", CPU) == ("no", "the CPU has neither avx512_bf16 nor amx_bf16")
     assert choose_precision("bf16", CPU)[0] == "bf16"
 

@@ -6,7 +6,9 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import agreeing
 import pytest
@@ -14,10 +16,13 @@ import rounded
 import torch
 from conftest import SMALL, launch, points
 
-from distrib import ranks
-from distrib.config import Config, UserError
-from distrib.ranks import named_attempt
-from distrib.vote import StopVote
+from distrib import train
+from distrib.command_line import load_config, read_config
+from distrib.config import Config
+from distrib.errors import UserError
+from distrib.runtime import ranks, stop_vote
+from distrib.runtime.environment import accelerate_settings_hidden, threads_of_a_rank, with_accelerate_settings
+from distrib.runtime.stop_vote import StopVote
 
 
 def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) -> None:
@@ -39,36 +44,41 @@ def test_gradients_that_are_rounded_for_their_exchange_train_nearly_alike(tmp_pa
 
 @pytest.mark.parametrize(("asked", "local_ranks", "threads"), [(0, 1, 1.0), (0, 2, 0.5), (3, 2, None)])
 def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
-    monkeypatch: pytest.MonkeyPatch, asked: int, local_ranks: int, threads: float | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: int,
+    local_ranks: int,
+    threads: float | None,
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    _, setup = ranks.start(Config(threads=asked, precision="no"))
+    train(load_config([*SMALL, f"run_dir={tmp_path}", f"threads={asked}", "epochs=0.1"]))
     expected = asked if threads is None else max(1, int(len(os.sched_getaffinity(0)) * threads))
     assert torch.get_num_threads() == expected
-    assert f"threads {expected}, precision no (as asked)" in setup
+    assert f"threads {expected}, precision no (as asked)" in capsys.readouterr().out
 
 
 def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "12"}.items():
         monkeypatch.setenv(name, value)
-    assert ranks.threads_of_a_rank(local_ranks=4) == 12
+    assert threads_of_a_rank(local_ranks=4) == 12
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # a launcher is the task, and starts four ranks
-    assert ranks.threads_of_a_rank(local_ranks=4) == max(1, len(os.sched_getaffinity(0)) // 4)
+    assert threads_of_a_rank(local_ranks=4) == max(1, len(os.sched_getaffinity(0)) // 4)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
-        ranks.start(Config())
+        ranks.join(Config())
 
 
 def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, voted = [0.0], []
-    monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
-    ranks.start(Config(precision="no", threads=1))
+    monkeypatch.setattr(stop_vote.time, "perf_counter", lambda: clock[0])
+    ranks.join(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     for step in range(5000, 6000):  # goes on after step 5000, at 20 steps a second
         before = vote.next
@@ -82,7 +92,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
 
 
 def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
-    ranks.start(Config(precision="no", threads=1))
+    ranks.join(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     assert vote(0) == ""
     (tmp_path / "STOP").write_text("")
@@ -95,7 +105,7 @@ def test_a_disk_that_fails_for_a_moment_ends_no_run(tmp_path: Path, monkeypatch:
     def stale(path: object, **_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    ranks.start(Config(precision="no", threads=1))
+    ranks.join(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", stale)
@@ -111,7 +121,7 @@ def test_each_attempt_has_a_name_of_its_own_whatever_the_dead_have_left_in_the_s
     def attempt(*arriving: int) -> list[str]:
         def late(rank: int) -> str:
             time.sleep(0.1 * arriving.index(rank))
-            return named_attempt(store, rank, 3)
+            return ranks.name_attempt(store, rank, 3)
 
         with ThreadPoolExecutor() as pool:
             return [*pool.map(late, arriving)]
@@ -122,3 +132,100 @@ def test_each_attempt_has_a_name_of_its_own_whatever_the_dead_have_left_in_the_s
     names += [attempt(0, 2, 1)]
     assert all(len(set(each)) == 1 for each in names)
     assert len({each[0] for each in names}) == 4
+
+
+def settings(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    """What accelerate launch exports where nothing was asked for, and these."""
+    plain = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default", "USE_CPU": "False"}
+    for name, value in (plain | values).items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+def test_settings_of_accelerate_that_ask_for_nothing_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert with_accelerate_settings(Config()) == (Config(), [])
+    settings(monkeypatch, USE_FSDP="false", USE_DEEPSPEED="false", GRADIENT_ACCUMULATION_STEPS="1")
+    for config in (Config(), Config(precision="bf16", compile="reduce-overhead", micro_batches=3)):
+        assert with_accelerate_settings(config) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "value"),
+    [
+        ({"MIXED_PRECISION": "bf16"}, "precision", "bf16"),
+        ({"MIXED_PRECISION": "fp16"}, "precision", "fp16"),
+        ({"DYNAMO_BACKEND": "INDUCTOR"}, "compile", "default"),
+        ({"DYNAMO_BACKEND": "INDUCTOR", "DYNAMO_MODE": "reduce-overhead"}, "compile", "reduce-overhead"),
+        ({"DYNAMO_BACKEND": "INDUCTOR", "DYNAMO_MODE": ""}, "compile", "default"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "micro_batches", 4),
+    ],
+)
+def test_what_accelerates_settings_ask_for_is_done_and_told_unless_a_key_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], key: str, value: Any
+) -> None:
+    settings(monkeypatch, **asked)
+    honoured, told = replace(Config(), **{key: value}), [f"as accelerate's settings say: {key}={value}"]
+    assert with_accelerate_settings(Config()) == (honoured, told)
+    assert with_accelerate_settings(honoured) == (honoured, told)
+    other: dict[str, Any] = {"precision": "no", "compile": "no", "micro_batches": 2}
+    with pytest.raises(UserError, match=rf"^{key}={other[key]}, but accelerate's settings ask for {value}: change them with"):
+        with_accelerate_settings(replace(Config(), **{key: other[key]}))
+
+
+def test_all_that_accelerates_settings_ask_for_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings(monkeypatch, MIXED_PRECISION="bf16", DYNAMO_BACKEND="INDUCTOR", GRADIENT_ACCUMULATION_STEPS="2")
+    config, told = with_accelerate_settings(Config())
+    assert config == Config(precision="bf16", compile="default", micro_batches=2)
+    assert told == ["as accelerate's settings say: precision=bf16, compile=default, micro_batches=2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("USE_FSDP", "true", "FSDP, and distrib trains with DDP"),
+        ("USE_DEEPSPEED", "true", "DeepSpeed, and distrib trains with DDP"),
+        ("USE_MEGATRON_LM", "true", "Megatron-LM, and distrib trains with DDP"),
+        ("USE_PARALLELISM_CONFIG", "true", "a parallelism config, and distrib trains with DDP"),
+        ("MIXED_PRECISION", "fp8", "mixed_precision fp8, and distrib has no, bf16, fp16"),
+        ("DYNAMO_BACKEND", "CUDAGRAPHS", "dynamo_backend cudagraphs, and distrib has no, inductor"),
+    ],
+)
+def test_settings_of_accelerate_that_ask_for_another_way_to_train_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    settings(monkeypatch, **{name: value})
+    with pytest.raises(UserError, match=rf"^accelerate's settings ask for {words}: change them with `accelerate config`"):
+        with_accelerate_settings(Config())
+    with pytest.raises(UserError, match=words):
+        train(load_config([*SMALL, f"run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_honours_accelerates_settings_once_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(monkeypatch, MIXED_PRECISION="bf16", GRADIENT_ACCUMULATION_STEPS="3")
+    keys = [key for key in SMALL if key != "precision=no"]
+    assert len(keys) < len(SMALL)
+    state = train(load_config([*keys, f"run_dir={tmp_path}", "threads=1", "epochs=1", "save_every=10"]))
+    out = capsys.readouterr().out
+    assert out.count("as accelerate's settings say: precision=bf16, micro_batches=3\n") == 1
+    assert "precision bf16 (as asked)" in out
+    assert state.step == 23  # micro-batches are parts of a step, and take none for themselves
+    config = read_config(tmp_path / "config.yaml")
+    assert (config.precision, config.micro_batches) == ("bf16", 3)
+    with pytest.raises(UserError, match=r"^precision=no, but accelerate's settings ask for bf16: "):
+        train(load_config([*keys, f"run_dir={tmp_path}", "threads=1", "epochs=1", "precision=no"]))
+
+
+def test_accelerates_settings_are_hidden_from_itself_and_back_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings(monkeypatch, MIXED_PRECISION="bf16", DYNAMO_BACKEND="INDUCTOR", GRADIENT_ACCUMULATION_STEPS="3")
+    before = dict(os.environ)
+
+    def fail() -> None:
+        with accelerate_settings_hidden():
+            assert {name for name in os.environ if name.startswith("ACCELERATE_")} == {"ACCELERATE_USE_CPU"}
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert dict(os.environ) == before

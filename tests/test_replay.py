@@ -7,28 +7,42 @@ import pytest
 import torch
 from conftest import assert_same
 from test_loop import ALL, run, run_killed
-from torch import Tensor
 
-from distrib import loop, replay
 from distrib.config import Config
 from distrib.data.loaders import Batch
-from distrib.loop import TrainState
-from distrib.replay import WARM_UP, Recording, Replay, Work, replayable
+from distrib.training import loop, replay
+from distrib.training.records import StepRecord
+from distrib.training.replay import WARM_UP, Recording, Replay, Work, can_replay
+from distrib.training.state import TrainState
 
 GPU = torch.cuda.is_available()
 MORE = ["nonfinite=skip", "micro_batches=3", "optim.clip_norm=1"]
 
 
 class Again:
-    """Takes a batch and gives scalars where a recording has them, and has none of the tensors of the step that calls it."""
+    """Takes a batch and gives a record where a recording has them, and has none of the tensors of the step that calls it."""
 
     def __init__(self, work: Work, like: Batch) -> None:
         self.work, self.batch = work, Batch(*map(torch.zeros_like, like))
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
+    def __call__(self, batch: Batch) -> StepRecord:
         for place, tensor in zip(self.batch, batch, strict=True):
             place.copy_(tensor)
-        return list(torch.stack(self.work(self.batch)).unbind())
+        record = self.work(self.batch)
+        return record._replace(values=record.values.clone())
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Replay]:
+    """What does the steps of each run."""
+    made: list[Replay] = []
+
+    def build(**options: Any) -> Replay:
+        made.append(Replay(**options))
+        return made[-1]
+
+    monkeypatch.setattr("distrib.run.Replay", build)
+    return made
 
 
 @pytest.fixture
@@ -42,7 +56,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(replay, "Recording", recording)
     if not GPU:
-        monkeypatch.setattr("train.replayable", lambda config, *_, **__: config.cuda_graph)
+        monkeypatch.setattr("distrib.run.can_replay", lambda config, *_, **__: config.cuda_graph)
     return made
 
 
@@ -51,14 +65,14 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     [("sgd", []), ("sgd", [*ALL, *MORE]), ("adamw", [*ALL, *MORE]), ("muon", ALL), ("sgd", ["precision=bf16"])],
 )
 def test_a_run_whose_steps_are_replayed_is_the_same_bit_by_bit(
-    tmp_path: Path, recordings: list[Any], optimizer: str, keys: list[str]
+    tmp_path: Path, recordings: list[Any], replays: list[Replay], optimizer: str, keys: list[str]
 ) -> None:
     keys = [f"optim.name={optimizer}", "optim.lr=0.01", *keys]
     run(tmp_path / "plain", "cuda_graph=false", *keys)
     assert recordings == []
-    state = run(tmp_path / "replayed", *keys)
+    run(tmp_path / "replayed", *keys)
     assert len(recordings) == 1
-    assert (state.replay.recording, state.replay.steps) == (recordings[0], WARM_UP + 1)
+    assert (replays[-1].recording, replays[-1].steps) == (recordings[0], WARM_UP + 1)
     assert_same(tmp_path / "replayed", tmp_path / "plain")
 
 
@@ -73,7 +87,7 @@ def test_a_run_that_is_killed_is_recorded_anew_and_goes_on_bit_by_bit(
 
 
 def test_a_step_that_cannot_be_recorded_is_told_of_and_the_run_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, replays: list[Replay], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     update, attempts = loop.update, list[bool]()
 
@@ -99,15 +113,19 @@ def test_a_step_that_cannot_be_recorded_is_told_of_and_the_run_is_the_same(
     capsys.readouterr()
     if not GPU:
         monkeypatch.setattr(replay, "Recording", Attempt)
-        monkeypatch.setattr("train.replayable", lambda *_, **__: True)
-    state = run(tmp_path / "waits", *keys)
-    assert (state.replay.recording, state.replay.wanted) == (None, False)
+        monkeypatch.setattr("distrib.run.can_replay", lambda *_, **__: True)
+    run(tmp_path / "waits", *keys)
+    assert (replays[-1].recording, replays[-1].wanted) == (None, False)
     assert capsys.readouterr().out.count("warning: a step cannot be recorded, so cuda_graph is off: ") == 1
     assert_same(tmp_path / "waits", tmp_path / "plain")
 
 
 def test_a_recording_makes_room_for_an_evaluation(
-    tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    recordings: list[Any],
+    replays: list[Replay],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run(tmp_path / "plain", *ALL)
     evaluate, failed = loop.evaluate, list[bool]()
@@ -119,8 +137,8 @@ def test_a_recording_makes_room_for_an_evaluation(
         return evaluate(*args)
 
     monkeypatch.setattr(loop, "evaluate", greedy)
-    state = run(tmp_path / "full", *ALL)
-    assert (state.replay.recording, state.replay.wanted) == (None, False)
+    run(tmp_path / "full", *ALL)
+    assert (replays[-1].recording, replays[-1].wanted) == (None, False)
     said = "warning: there is no memory for an evaluation beside a recorded step, so cuda_graph is off"
     assert capsys.readouterr().out.count(said) == 1
     assert_same(tmp_path / "full", tmp_path / "plain")
@@ -129,7 +147,7 @@ def test_a_recording_makes_room_for_an_evaluation(
 def test_what_is_not_wanted_is_never_recorded(recordings: list[Any]) -> None:
     batch, steps = Batch(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)), Replay()
     for _ in range(2 * WARM_UP):
-        assert steps(lambda batch: [batch.images.sum()], batch) == [0]
+        assert steps(lambda batch: StepRecord(batch.images.sum(), [], {}), batch) == (0, [], {})
     assert recordings == []
 
 
@@ -137,6 +155,7 @@ def test_what_is_not_wanted_is_never_recorded(recordings: list[Any]) -> None:
     ("device", "world", "scaled", "keys", "expected"),
     [
         ("cuda", 1, False, {}, True),
+        ("cuda", 1, False, {"compile": "no"}, True),
         ("cuda", 1, False, {"compile": "default"}, True),
         ("cuda", 1, False, {"compile": "reduce-overhead"}, False),
         ("cuda", 1, False, {"cuda_graph": False}, False),
@@ -148,4 +167,4 @@ def test_what_is_not_wanted_is_never_recorded(recordings: list[Any]) -> None:
 def test_steps_of_one_gpu_are_replayed_unless_something_in_them_waits(
     device: str, world: int, scaled: bool, keys: Any, expected: bool
 ) -> None:
-    assert replayable(Config(**keys), torch.device(device), world, scaled=scaled) == expected
+    assert can_replay(Config(**keys), torch.device(device), world, scaled=scaled) == expected

@@ -1,16 +1,25 @@
 """The images of each step, and their noise."""
 
+import hashlib
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from distrib.config import UserError
-from distrib.data.steps import Steps, contiguous, fold, hashes, noise, order
+from distrib.config import DataConfig
+from distrib.data.augment import Augment
+from distrib.data.files import Reader
+from distrib.data.source import Files
+from distrib.data.steps import AUGMENT, CROP, DROPOUT, FLIP, ORDER, Share, Steps, fold, hashes, noise, order, val_shares
+from distrib.errors import UserError
 
 sizes = st.integers(1, 700)
 worlds = st.integers(1, 9)
@@ -48,7 +57,7 @@ def test_the_ranks_together_see_the_batch_that_one_rank_would(
 
 @given(images=st.integers(0, 700), world=worlds, size=st.integers(1, 80))
 def test_an_evaluation_has_every_image_exactly_once_in_order(images: int, world: int, size: int) -> None:
-    shares = [share for rank in range(world) for share in contiguous(images, rank, world, size)]
+    shares = [share for rank in range(world) for share in val_shares(images, rank, world, size)]
     assert torch.equal(torch.cat([torch.empty(0).long(), *(each.images for each in shares)]), torch.arange(images))
     assert all(1 <= len(each.images) <= size for each in shares)
 
@@ -109,3 +118,50 @@ def test_an_order_is_the_same_in_another_process() -> None:
 
 def test_an_order_is_the_same_in_another_release() -> None:
     assert order(10, 0, 0).tolist() == [0, 8, 3, 4, 6, 2, 1, 9, 5, 7]  # if not, runs that are under way cannot go on
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+ORDERS = {
+    (0, 0): "72101dc3092088de",
+    (0, 1): "4a7e1635c1d0289c",
+    (7, 3): "9aa96a164e2abb99",
+    (10**18, 12): "99c2250a3190a9fa",
+}
+# Of seed 3 and epoch 2: the hashes of a stream, and the noise of 1, 4 and 5 draws.
+STREAMS = {
+    ORDER: ("211f68904210c203", "7773b1350d96c487", "5ae7b163f83f2795", "1656ca527ce8cddb"),
+    AUGMENT: ("42a03ad8987a4ef3", "bcfa478173547ad0", "407371d341dcc742", "add037386ad2cf39"),
+    CROP: ("9a2901d0c574b698", "76e7b1d20adb1109", "83cb0a2cfec23e7c", "06b5de957c6beae0"),
+    DROPOUT: ("9775f9ccd779f0c7", "bd3c91e78d3680ad", "18af3598e0c67a75", "328f1b3f52fba1e9"),
+    FLIP: ("6814d0025c34d224", "da70aca01a3f9c83", "13b44f7d340075ff", "3e4549efbef3039e"),
+}
+# What epochs 0 and 1 make of the same images, by translate, flip and cutout.
+AUGMENTED: dict[tuple[int, Literal["none", "random", "alternating"], int], tuple[str, str]] = {
+    (2, "random", 3): ("d1bb81ae20969239", "221717fabbeede23"),
+    (2, "alternating", 3): ("b8642f4fd3cc4d7e", "3601301b8981e5bd"),
+    (0, "random", 0): ("e14fb7d4a88ad43a", "58277bb4c643b172"),
+    (0, "alternating", 4): ("94adc8b9122f6fd7", "aff6eb6f38fbb375"),
+}
+
+
+def test_the_order_and_the_noise_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is arithmetic of integers, the same everywhere. If it changes, runs that are under way cannot go on."""
+    assert {key: digest(order(1000, *key)) for key in ORDERS} == ORDERS
+    ids = torch.arange(1000)
+    got = {key: [hashes(fold(3, key, 2), ids), *(noise(fold(3, key, 2), ids, draws) for draws in (1, 4, 5))] for key in STREAMS}
+    assert {key: tuple(map(digest, each)) for key, each in got.items()} == STREAMS
+
+    images = (hashes(0, torch.arange(100 * 3 * 12 * 10)) & 255).byte().view(100, 3, 12, 10)
+    assert digest(images) == "4a4f6620535ded51"
+    mean, ids = torch.tensor([51, 102, 0], dtype=torch.uint8), 7 * torch.arange(100) + 3
+    for (translate, flip, cutout), expected in AUGMENTED.items():
+        augment = Augment(DataConfig(translate=translate, flip=flip, cutout=cutout), seed=5, mean=mean)
+        assert tuple(digest(augment(images, Share(epoch, ids))) for epoch in (0, 1)) == expected, (translate, flip, cutout)
+
+    crops: list[Sequence[float]] = []
+    monkeypatch.setattr(Reader, "_read", lambda self, path, drawn: crops.append(drawn) or torch.zeros(3, 1, 1))
+    Reader(Files(np.array([b"a.png"] * 1000), torch.zeros(1000), 1), seed=3, crop_area=0.25)[2, [*range(1000)]]
+    assert digest(torch.tensor(crops)) == STREAMS[CROP][2]

@@ -18,10 +18,10 @@ from conftest import ON_CPUS, ROOT, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
-from distrib.interrupt import SIGNALS
+from distrib.runtime.signals import SIGNALS
 
-KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.erase=2", "threads=1"]
-KEYS += ["optim.average_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
+KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.cutout=2", "threads=1"]
+KEYS += ["optim.ema_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
 FILES = ["data.name=folder", "data.size=16", "batch_size=4"]
 KILLS = int(os.environ.get("DISTRIB_KILLS", "5"))
 ALL_STOPS = bool(os.environ.get("DISTRIB_ALL_STOPS"))

@@ -4,8 +4,10 @@ On a GPU torch knows by itself, and is asked to refuse too; benchmarks/gpu.py co
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from test_loop import ALL, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distrib import loop
 from distrib.data.loaders import Batch, Loader
-from distrib.replay import WARM_UP
+from distrib.training import loop
+from distrib.training.meters import Meter, hits
+from distrib.training.objective import CrossEntropy
+from distrib.training.replay import WARM_UP
+from distrib.training.state import TrainState
 
 # What brings a value, or a size that depends on values, from a device to the host.
 METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -69,7 +74,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> None:
     step, batches = loop.train_step, Loader.train
     begun = WARM_UP if torch.cuda.is_available() else 0  # optimizers make their state in the first; a GPU's last is recorded
 
-    def guarded_step(state: loop.TrainState, *rest: Any) -> None:
+    def guarded_step(state: TrainState, *rest: Any) -> None:
         if state.step <= begun:
             step(state, *rest)
         else:
@@ -102,13 +107,15 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_wait_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
-    hits = loop.hits
-
-    def waiting(logits: Tensor, labels: Tensor) -> Tensor:
+    def waiting(logits: Tensor, targets: Tensor) -> Tensor:
         wait(torch.zeros((), dtype=torch.int64))
-        return hits(logits, labels)
+        return hits(logits, targets)
 
-    monkeypatch.setattr(loop, "hits", waiting)
+    class Waiting(CrossEntropy):
+        @cached_property
+        def meters(self) -> Mapping[str, Meter]:
+            return {**super().meters, "top1": replace(super().meters["top1"], sums=waiting)}
+
     guard(monkeypatch)
     with pytest.raises(Refused):
-        run(tmp_path, "cuda_graph=false")  # else, a GPU's host is not there when the work is done again
+        run(tmp_path, "cuda_graph=false", objective=Waiting(0.1))  # else, a GPU's host is not there when the work is done again

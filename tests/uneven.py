@@ -14,13 +14,19 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import train
-from distrib import loop, ranks
-from distrib.config import Config, DataConfig, load_config
+import distrib
+from distrib.command_line import load_config
+from distrib.config import DataConfig
 from distrib.data import loaders
 from distrib.data.augment import Augment
-from distrib.data.sources import SOURCES, Arrays, Source, digits
+from distrib.data.datasets import load_source
+from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
+from distrib.runtime import exits
+from distrib.runtime.environment import launched_rank, launched_world
+from distrib.training import loop
+from distrib.training.context import Run
+from distrib.training.state import TrainState
 
 TRAIN, VAL, BATCH = 997, 101, 60
 KEYS = [
@@ -31,38 +37,40 @@ KEYS = [
     "precision=no",
     "optim.lr=0.05",
     "optim.warmup_epochs=0.5",
-    "optim.average_decay=0.9",
+    "optim.ema_decay=0.9",
 ]
-NOISE = ["data.shift=1", "data.flip=random", "data.erase=2"]
+NOISE = ["data.translate=1", "data.flip=random", "data.cutout=2"]
 WAYS = {
-    "memory": ["data.name=uneven"],
-    "micro": ["data.name=uneven", "micro_batches=3"],
+    "memory": [],
+    "micro": ["micro_batches=3"],
     "files": ["data.name=folder", "data.size=8", "data.workers=0"],
     "workers": ["data.name=folder", "data.size=8", "data.workers=2", "micro_batches=3"],
 }
 
 
-def uneven(config: DataConfig, download: bool) -> Source:
-    whole = digits(config, download)
+def uneven() -> Source:
+    """Digits, whose numbers no batch and no number of ranks divides."""
+    whole = load_source(DataConfig(), download=False)
     images = torch.cat([whole.train.images, whole.val.images])
-    labels = torch.cat([whole.train.labels, whole.val.labels])
+    targets = torch.cat([whole.train.targets, whole.val.targets])
     val = slice(TRAIN, TRAIN + VAL)
     return Source(
-        Arrays(images[:TRAIN], labels[:TRAIN]),
-        Arrays(images[val], labels[val]),
+        Arrays(images[:TRAIN], targets[:TRAIN]),
+        Arrays(images[val], targets[val]),
         whole.classes,
         whole.shape,
         whole.mean,
         whole.std,
+        "uneven",
     )
 
 
 def write_folder(root: Path) -> None:
     """The same images as PNG files of several sizes."""
-    source = uneven(DataConfig(), download=False)
+    source = uneven()
     for part, arrays in (("train", source.train), ("val", source.val)):
-        for i, (image, label) in enumerate(zip(arrays.images, arrays.labels.tolist(), strict=True)):
-            path = root / part / str(label) / f"{i:04d}.png"
+        for i, (image, target) in enumerate(zip(arrays.images, arrays.targets.tolist(), strict=True)):
+            path = root / part / str(target) / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).resize((12 + i % 5, 12 + i % 3)).save(path)
 
@@ -87,22 +95,21 @@ def watch(seen: Seen) -> None:
     augment, step = Augment.__call__, train_step
 
     def noted(self: Augment, images: Tensor, share: Share) -> Tensor:
-        seen.ids += share.images.split(BATCH // ranks.launched_world())  # those of several steps may come together
+        seen.ids += share.images.split(BATCH // launched_world())  # those of several steps may come together
         return augment(self, images, share)
 
-    def stepped(state: loop.TrainState, batch: loaders.Batch, *rest: object) -> None:
+    def stepped(state: TrainState, batch: loaders.Batch, run: Run) -> None:
         seen.batches.append(batch.images.clone())
         seen.exchanged.append(0)
-        if state.step == 0 and isinstance(state.model, DistributedDataParallel):
-            state.model.register_comm_hook(seen, exchange)
-        step(state, batch, *rest)
+        if state.step == 0 and isinstance(run.model, DistributedDataParallel):
+            run.model.register_comm_hook(seen, exchange)
+        step(state, batch, run)
 
     loaders.Augment.__call__ = noted
     loop.train_step = stepped
 
 
 train_step, plain_augment = loop.train_step, Augment.__call__
-SOURCES["uneven"] = uneven
 
 
 def main(out: Path) -> None:
@@ -110,15 +117,17 @@ def main(out: Path) -> None:
     torch.set_default_dtype(torch.float64)
     for way, keys in WAYS.items():
         run_dir = out / way
-        config: Config = load_config([f"run_dir={run_dir}", f"data.root={out.parent / 'folder'}", *KEYS, *NOISE, *keys])
+        of_files = "data.name=folder" in keys
+        root = [f"data.root={out.parent / 'folder'}"] if of_files else []
+        config = load_config([f"run_dir={run_dir}", *root, *KEYS, *NOISE, *keys])
         seen = Seen()
         watch(seen)
-        state = train.train(config)
+        state = distrib.train(config, source=None if of_files else uneven())
         loaders.Augment.__call__, loop.train_step = plain_augment, train_step
         noted = {"ids": seen.ids, "batches": seen.batches, "exchanged": seen.exchanged, "network": state.network.state_dict()}
-        torch.save(noted, run_dir / f"rank{ranks.launched_rank()}.pt")
+        torch.save(noted, run_dir / f"rank{launched_rank()}.pt")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    ranks.leave(0)
+    exits.leave(0)

@@ -82,7 +82,7 @@ def main() -> None:
         for batch in train:
             batch = {name: each.to(accelerator.device) for name, each in batch.items()}
             logits = model(normalized(batch["image"], task, accelerator.device))
-            loss = F.cross_entropy(logits, batch["label"], label_smoothing=task.config.optim.label_smoothing)
+            loss = F.cross_entropy(logits, batch["label"], label_smoothing=task.config.objective.label_smoothing)
             total_loss += loss.detach().float()
             accelerator.backward(loss)
             optimizer.step()

@@ -33,7 +33,7 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.task.config.optim.label_smoothing)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.task.config.objective.label_smoothing)
         if not self.task.tuned:
             self.log("train_loss", loss)
         return loss

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.peers.task import DEVICE, MOMENTUM, WEIGHT_DECAY, Task, Work, asked
-from distrib.memory import keep_freed_memory
-from distrib.precision import choose_precision
+from distrib.training.memory import keep_freed_memory
+from distrib.training.precision import choose_precision
 
 
 def batches(task: Task, rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,7 +48,7 @@ def main() -> None:
     for step, (images, labels) in enumerate(batches(task, rank, world)):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / total)
         with nullcontext() if precise else torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels, label_smoothing=task.config.optim.label_smoothing)
+            loss = F.cross_entropy(model(images), labels, label_smoothing=task.config.objective.label_smoothing)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -22,13 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from distrib.config import Config, load_config
+from distrib.command_line import load_config
+from distrib.config import Config
+from distrib.data.datasets import load_source
 from distrib.data.loaders import Loader
-from distrib.data.sources import Arrays, Source, load_source
+from distrib.data.source import Arrays, Source
 from distrib.data.steps import Steps
-from distrib.memory import keep_freed_memory
-from distrib.models import build_model, fit_whitening
-from distrib.precision import choose_precision
+from distrib.models.build import build_model
+from distrib.models.layers import fit_whitening
+from distrib.training.memory import keep_freed_memory
+from distrib.training.precision import choose_precision
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -98,8 +101,8 @@ class Task:
         """The data set as a peer's own documentation would have it: PIL images, or tensors if it is tuned."""
         data = self.config.data
         noise: list[Any] = []
-        if train and data.shift:
-            noise.append(transforms.RandomCrop(self.source.shape[1:], padding=data.shift))
+        if train and data.translate:
+            noise.append(transforms.RandomCrop(self.source.shape[1:], padding=data.translate))
         if train and data.flip != "none":
             noise.append(transforms.RandomHorizontalFlip())
         to_float = [v2.ToDtype(torch.float32, scale=True)] if self.tuned else [transforms.ToTensor()]
@@ -134,7 +137,7 @@ class Pictures(Dataset[Any]):
     """(image, label) by index, one at a time, as torchvision's data sets give them."""
 
     def __init__(self, arrays: Arrays, transform: Any, *, pil: bool) -> None:
-        self.data, self.targets, self.transform, self.pil = arrays.images, arrays.labels, transform, pil
+        self.data, self.targets, self.transform, self.pil = arrays.images, arrays.targets, transform, pil
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -29,7 +29,7 @@ LOG_EVERY = 50
 
 def loader(task: Task, *, train: bool) -> Any:
     arrays: Any = task.source.train if train else task.source.val
-    noisy = train and (task.config.data.shift > 0 or task.config.data.flip != "none")
+    noisy = train and (task.config.data.translate > 0 or task.config.data.flip != "none")
     return create_loader(
         Pictures(arrays, None, pil=True),  # its transforms are set by create_loader
         input_size=task.source.shape,
@@ -78,7 +78,7 @@ def main() -> None:
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=task.epochs, step_on_epochs=False, updates_per_epoch=len(train), **warmup
     )
-    smoothing = task.config.optim.label_smoothing
+    smoothing = task.config.objective.label_smoothing
     criterion: Any = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
     assert scheduler is not None
     for epoch in range(task.epochs):

@@ -73,7 +73,7 @@ def main() -> None:
     workers = task.workers(16)
     train, val = (task.batches(train=part, workers=workers, pinned=True) for part in (True, False))
     model = task.network()
-    criterion = nn.CrossEntropyLoss(label_smoothing=task.config.optim.label_smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=task.config.objective.label_smoothing)
     optimizer = task.optimizer(model)
     scheduler = task.one_cycle(optimizer)
     for epoch in range(task.epochs):

@@ -1,1 +1,10 @@
-"""Data sets, the images of each step, the noise in them, and how they reach the device."""
+"""Images on their way from a disk to a batch on the device. Data sets by name, imported when they are asked for."""
+
+SOURCES = {  # name: the function that loads it, as module:function
+    "digits": "distrib.data.datasets:digits",
+    "mnist": "distrib.data.datasets:mnist",
+    "fashion_mnist": "distrib.data.datasets:fashion_mnist",
+    "cifar10": "distrib.data.datasets:cifar10",
+    "cifar100": "distrib.data.datasets:cifar100",
+    "folder": "distrib.data.datasets:folder",
+}

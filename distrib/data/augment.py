@@ -1,4 +1,4 @@
-"""Noise on whole batches, on the device, on uint8: what happens to an image is a function of (seed, epoch, image)."""
+"""Augmentation of whole batches, on the device, on uint8: what happens to an image is a function of (seed, epoch, image)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.steps import AUGMENT, TURN, Share, fold, noise
+from distrib.data.steps import AUGMENT, FLIP, Share, fold, noise
 
 
 @dataclass(frozen=True)
@@ -23,50 +23,51 @@ class Augment:
     mean: Tensor
 
     def __call__(self, images: Tensor, share: Share) -> Tensor:
-        shift, flip, erase = self.config.shift, self.config.flip, self.config.erase
-        if not shift and flip == "none" and not erase:
+        most, flip, side = self.config.translate, self.config.flip, self.config.cutout
+        if not most and flip == "none" and not side:
             return images
         ids = share.images.to(images.device)
-        down, right, side, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
-        mirror = None if flip == "none" else side < 0.5 if flip == "random" else self.turned(ids, share.epoch)
-        if shift:
-            images = moved(images, down, right, mirror, shift)
+        # The number of draws keys them too: with one more, all of them would change.
+        down, right, half, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
+        mirror = None if flip == "none" else half < 0.5 if flip == "random" else self.alternates(ids, share.epoch)
+        if most:
+            images = translate(images, down, right, mirror, most)
         elif mirror is not None:
-            images = mirrored(images, mirror)
-        return erased(images, row, column, erase, self.mean) if erase else images
+            images = mirror_where(images, mirror)
+        return cutout(images, row, column, side, self.mean) if side else images
 
-    def turned(self, ids: Tensor, epoch: int) -> Tensor:
+    def alternates(self, ids: Tensor, epoch: int) -> Tensor:
         """Whether an image is mirrored, (n,): half of them are in the first epoch, and each is in every other one.
 
         So two epochs in a row show both sides of each (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
         """
-        return (noise(fold(self.seed, TURN), ids, draws=1)[:, 0] < 0.5) != bool(epoch % 2)
+        return (noise(fold(self.seed, FLIP), ids, draws=1)[:, 0] < 0.5) != bool(epoch % 2)
 
 
-def moved(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None, shift: int) -> Tensor:
-    """Each image moved by up to `shift` pixels, black where it came from, and mirrored where `mirror` (n,) says so.
+def translate(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None, most: int) -> Tensor:
+    """Move each image by up to `most` pixels, black where it came from, and mirror it where `mirror` (n,) says so.
 
-    `down` and `right`, (n,) in [0, 1), stand for -shift to shift. One gather does it all.
+    `down` and `right`, (n,) in [0, 1), stand for -most to most. One gather does it all.
     """
     n, channels, height, width = images.shape
-    rows = torch.arange(height, device=images.device) + (down[:, None] * (2 * shift + 1)).long()  # in the padded image
+    rows = torch.arange(height, device=images.device) + (down[:, None] * (2 * most + 1)).long()  # in the padded image
     columns = torch.arange(width, device=images.device)
     if mirror is not None:
         columns = torch.where(mirror[:, None], columns.flip(0), columns)
-    columns = columns + (right[:, None] * (2 * shift + 1)).long()
-    padded = F.pad(images, (shift,) * 4).flatten(2)
-    pixels = rows[:, :, None] * (width + 2 * shift) + columns[:, None, :]
+    columns = columns + (right[:, None] * (2 * most + 1)).long()
+    padded = F.pad(images, (most,) * 4).flatten(2)
+    pixels = rows[:, :, None] * (width + 2 * most) + columns[:, None, :]
     return padded.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(images.shape)
 
 
-def mirrored(images: Tensor, mirror: Tensor) -> Tensor:
-    """Each image, mirrored where `mirror` (n,) says so; without a gather, and on a CPU in half the time of torch.where."""
+def mirror_where(images: Tensor, mirror: Tensor) -> Tensor:
+    """Mirror each image where `mirror` (n,) says so; without a gather, and on a CPU in half the time of torch.where."""
     sides = mirror[:, None, None, None]
     return images.flip(3) * sides + images * ~sides
 
 
-def erased(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor) -> Tensor:
-    """Each image with a square of `side` pixels of the `mean` around (row, column), each (n,) in [0, 1).
+def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor) -> Tensor:
+    """Give each image a square of `side` pixels of the `mean` around (row, column), each (n,) in [0, 1).
 
     DeVries and Taylor, "Improved regularization of convolutional neural networks with Cutout", 2017.
     """
@@ -78,7 +79,7 @@ def erased(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor)
     return torch.where(square[:, None], mean[:, None, None], images)
 
 
-def views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
+def tta_views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
     """What an evaluation shows of normalised images, with the weights that the logits get, which add up to 1.
 
     1 is the images; 2 also mirrors them; 6 also moves both by a pixel, up and left or down and right, with half the weight.

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,30 +11,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from distrib.config import UserError
+from distrib.data.source import Files
 from distrib.data.steps import CROP, fold, noise
+from distrib.errors import UserError
 
 VIEW = 0.875  # of the shorter side: what validation shows, as in most ImageNet recipes
 
-Piece = tuple[int, list[int]]  # the epoch that keys the crops, and images: a share, or what one worker reads of it
+Chunk = tuple[int, list[int]]  # the epoch that keys the crops, and images: what one worker reads of a share
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files, named in an array of bytes, and their labels, (n,) int64, to be read as squares of `size` pixels."""
-
-    paths: np.ndarray[Any, Any]
-    labels: Tensor
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-@dataclass(frozen=True)
 class Reader:
-    """Reads the images of a piece, (n, 3, size, size) uint8, channels last: as torch's DataLoader wants it, `reader[piece]`.
+    """Reads the images of a chunk, (n, 3, size, size) uint8, channels last: as torch's DataLoader wants it, `reader[chunk]`.
 
     With `crop_area` the view of an image is drawn anew each epoch, and shows at least that part of its area; without, it is
     the middle. A file that is no image is returned as the UserError that names it, since a worker's exceptions would
@@ -46,8 +34,8 @@ class Reader:
     seed: int = 0
     crop_area: float | None = None
 
-    def __getitem__(self, piece: Piece) -> Tensor | UserError:
-        epoch, indices = piece
+    def __getitem__(self, chunk: Chunk) -> Tensor | UserError:
+        epoch, indices = chunk
         draws = noise(fold(self.seed, CROP, epoch), torch.tensor(indices), draws=4).tolist()
         images = torch.empty(len(indices), self.files.size, self.files.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         try:
@@ -61,13 +49,13 @@ class Reader:
         try:
             with Image.open(path) as image:
                 image.decodermaxblock = 1 << 20  # bytes: most files in one go, and not 64 kB at a time
-                box = middle(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
-                return resized(decoded(image, box, self.files.size), self.files.size)
+                box = center_box(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
+                return resize(decode(image, box, self.files.size), self.files.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 
-def decoded(image: Image.Image, box: Box, size: int) -> Tensor:
+def decode(image: Image.Image, box: Box, size: int) -> Tensor:
     """The part of an image that is in `box`: (height, width, 3) uint8.
 
     A JPEG is decoded at a half, a quarter or an eighth where that leaves twice the `size` pixels that are asked for: with
@@ -77,18 +65,18 @@ def decoded(image: Image.Image, box: Box, size: int) -> Tensor:
     (width, height), (left, top, right, bottom) = image.size, box
     image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
     across, down = image.width / width, image.height / height
-    part = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
-    if part.mode.startswith("I"):  # 16 bits of grey, of which Pillow's conversion would keep what is below 256
-        return torch.from_numpy((np.array(part) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
-    return torch.from_numpy(np.array(part if part.mode == "RGB" else part.convert("RGB")))
+    crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+    if crop.mode.startswith("I"):  # 16 bits of grey, of which Pillow's conversion would keep what is below 256
+        return torch.from_numpy((np.array(crop) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
+    return torch.from_numpy(np.array(crop if crop.mode == "RGB" else crop.convert("RGB")))
 
 
-def resized(pixels: Tensor, size: int) -> Tensor:
+def resize(pixels: Tensor, size: int) -> Tensor:
     """(height, width, 3) uint8 to (3, size, size). The filter is that of Pillow's resize, which takes four times as long."""
     return F.interpolate(pixels[None].permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)[0]
 
 
-def middle(width: int, height: int) -> Box:
+def center_box(width: int, height: int) -> Box:
     side = max(1, round(min(width, height) * VIEW))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side

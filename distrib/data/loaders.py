@@ -12,104 +12,109 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distrib.config import Config, UserError
+from distrib.config import Config
 from distrib.data.augment import Augment, Normalize
-from distrib.data.files import Files, Piece, Reader
-from distrib.data.sources import Arrays, Source
-from distrib.data.steps import Share, Steps, contiguous, part
-from distrib.interrupt import guard_worker, stack_report
+from distrib.data.files import Chunk, Reader
+from distrib.data.source import Arrays, Files, Source
+from distrib.data.steps import Share, Steps, val_range, val_shares
+from distrib.errors import UserError
+from distrib.runtime.signals import guard_worker
+from distrib.runtime.stacks import stack_report
 
-AUTO_PART = 0.25  # of a device's free memory: what a set may take there if it is not told where to be
+AUTO_FRACTION = 0.25  # of a device's free memory: what a set may take there if it is not told where to be
 # How workers are started. The server that Python 3.14 has for that on Linux would die of a launcher's signal, and they with it.
 START = "fork" if sys.platform == "linux" else None
 AHEAD = 4  # shares that workers have read, or are reading, beyond the one that is computed
 # Small shares of a set in memory are made together, so many and of so many bytes at most: a GPU's host takes as long for one.
 TOGETHER, SMALL = 8, 2 << 20
 
-Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and labels
+Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and targets
 
 
 class Batch(NamedTuple):
-    """Normalised images, (n, channels, height, width) float32, channels last, and labels, (n,) int64, on the device."""
+    """Normalised images, (n, channels, height, width) float32, channels last, and their targets, on the device.
+
+    Targets are class ids, (n,) int64, or (n, classes) float.
+    """
 
     images: Tensor
-    labels: Tensor
+    targets: Tensor
 
-    def split(self, parts: int) -> "list[Batch]":
-        """The batch in so many parts, which may be uneven by an image."""
-        return list(map(Batch, *(each.tensor_split(parts) for each in self))) if parts > 1 else [self]
+    def split(self, count: int) -> "list[Batch]":
+        """The batch as so many, which may be uneven by an image."""
+        return list(map(Batch, *(each.tensor_split(count) for each in self))) if count > 1 else [self]
 
 
 class Resident:
     """The images `mine` of a set in memory: the device's, or the machine's, from where each batch travels."""
 
     def __init__(self, arrays: Arrays, mine: range, where: str, device: torch.device) -> None:
-        images, labels = arrays.images[mine.start : mine.stop], arrays.labels[mine.start : mine.stop]
-        self.home = home(images.nbytes, where, device)
-        self.images, self.labels = images.to(self.home), labels.to(self.home)  # on the CPU that is no copy
+        images, targets = arrays.images[mine.start : mine.stop], arrays.targets[mine.start : mine.stop]
+        self.placement = placement(images.nbytes, where, device)
+        self.images, self.targets = images.to(self.placement), targets.to(self.placement)  # on the CPU that is no copy
         self.first, self.device = mine.start, device
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
         reads = map(self._chosen, shares)
-        return reads if self.home == self.device else ahead(reads, self.device)
+        return reads if self.placement == self.device else prefetch(reads, self.device)
 
     def _chosen(self, share: Share) -> Read:
-        share = Share(share.epoch, sent(share.images, self.home))
+        share = Share(share.epoch, to_device(share.images, self.placement))
         chosen = share.images - self.first
-        return share, self.images[chosen], self.labels[chosen]
+        return share, self.images[chosen], self.targets[chosen]
 
 
-def home(size: int, where: str, device: torch.device) -> torch.device:
+def placement(size: int, where: str, device: torch.device) -> torch.device:
     """Where a set of `size` bytes is kept, if data.resident is `where`."""
     if where == "auto" and device.type == "cuda":
-        where = "device" if size <= AUTO_PART * torch.cuda.mem_get_info(device)[0] else "host"
+        where = "device" if size <= AUTO_FRACTION * torch.cuda.mem_get_info(device)[0] else "host"
     return torch.device("cpu") if where == "host" else device
 
 
-class Wanted:
-    """What the workers of a set shall read, given anew for each reading, while they stay."""
+class ChunkQueue:
+    """The chunks that the workers of a set are to read: others in each reading, while the workers stay."""
 
     def __init__(self) -> None:
-        self.pieces: Iterable[Piece] = ()
+        self.chunks: Iterable[Chunk] = ()
 
-    def __iter__(self) -> Iterator[Piece]:
-        return iter(self.pieces)
+    def __iter__(self) -> Iterator[Chunk]:
+        return iter(self.chunks)
 
 
 class Streamed:
-    """A set of files, which worker processes read ahead: each of them a piece of every share. The first reading starts them."""
+    """A set of files, which worker processes read ahead: each of them a chunk of every share. The first reading starts them."""
 
     def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
-        self.labels, self.device, self.workers, self.wanted = reader.files.labels, device, workers, Wanted()
+        self.targets, self.device, self.workers, self.queue = reader.files.targets, device, workers, ChunkQueue()
         kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD, "multiprocessing_context": START} if workers else {}
-        data: Any = reader  # has __getitem__, which is all that is asked of a data set whose sampler yields pieces
+        data: Any = reader  # has __getitem__, which is all that is asked of a data set whose sampler yields chunks
         guard = partial(guard_worker, report=report)
-        self.loader = DataLoader(data, sampler=self.wanted, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
+        self.loader = DataLoader(data, sampler=self.queue, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
-        return ahead(self._read(shares), self.device)
+        return prefetch(self._read(shares), self.device)
 
     def _read(self, shares: Iterable[Share]) -> Iterator[Read]:
         shares, wanted = tee(shares)
-        self.wanted.pieces = pieces = (piece for share in wanted for piece in self._pieces(share))
+        self.queue.chunks = chunks = (chunk for share in wanted for chunk in self._chunks_of(share))
         images = iter(self.loader)
         try:
             for share in shares:
-                yield share, self._joined(list(islice(images, len(self._pieces(share))))), self.labels[share.images]
+                yield share, self._joined(list(islice(images, len(self._chunks_of(share))))), self.targets[share.images]
         finally:
-            pieces.close()  # it knows who asks: workers of a set that only the garbage collector finds take 5 s each to end
+            chunks.close()  # it knows who asks: workers of a set that only the garbage collector finds take 5 s each to end
 
-    def _pieces(self, share: Share) -> list[Piece]:
-        pieces = min(max(1, self.workers), len(share.images))
+    def _chunks_of(self, share: Share) -> list[Chunk]:
+        chunks = min(max(1, self.workers), len(share.images))
         # As numbers, which take 0.3 ms to a worker: a tensor takes 1.6 ms, in shared memory of its own.
-        return [(share.epoch, each.tolist()) for each in share.images.tensor_split(pieces)]
+        return [(share.epoch, each.tolist()) for each in share.images.tensor_split(chunks)]
 
-    def _joined(self, pieces: list[Tensor | UserError]) -> Tensor:
+    def _joined(self, chunks: list[Tensor | UserError]) -> Tensor:
         whole = []
-        for piece in pieces:
-            if isinstance(piece, UserError):
-                raise piece
-            whole.append(piece)
+        for chunk in chunks:
+            if isinstance(chunk, UserError):
+                raise chunk
+            whole.append(chunk)
         room = torch.empty(
             (sum(map(len, whole)), *whole[0].shape[1:]),
             dtype=torch.uint8,
@@ -119,7 +124,7 @@ class Streamed:
         return torch.cat(whole, out=room)
 
 
-def ahead(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
+def prefetch(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
     """What was read on the host, on the device: a batch travels, on a stream of its own, while the one before is computed."""
     if device.type != "cuda":
         yield from reads
@@ -138,11 +143,11 @@ def ahead(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
 
 
 def on_device(read: Read, device: torch.device) -> Read:
-    share, images, labels = read
-    return Share(share.epoch, sent(share.images, device)), sent(images, device), sent(labels, device)
+    share, images, targets = read
+    return Share(share.epoch, to_device(share.images, device)), to_device(images, device), to_device(targets, device)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host, on the device; the host does not wait for it to arrive."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -155,20 +160,20 @@ class Loader:
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
         self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))
         self.normalize = Normalize(mean, std, width=source.shape[2])
-        # An epoch's order reaches all images of the training set; an evaluation, this rank's part only.
-        whole, mine = range(len(source.train)), part(len(source.val), steps.rank, steps.world)
+        # An epoch's order reaches all images of the training set; an evaluation, this rank's range only.
+        whole, mine = range(len(source.train)), val_range(len(source.val), steps.rank, steps.world)
 
-        def opened(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
+        def open_split(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
             if isinstance(images, Arrays):
                 return Resident(images, mine, config.data.resident, device)
             reader = Reader(images, config.seed, crop_area)
             return Streamed(reader, device, config.data.workers, stack_report(config.run_dir, steps.rank))
 
-        self.sets = opened(source.train, whole, config.data.crop_area), opened(source.val, mine, None)
+        self.sets = open_split(source.train, whole, config.data.crop_area), open_split(source.val, mine, None)
 
     def train(self, steps: range) -> Iterator[Batch]:
-        for share, images, labels in self.sets[0].read(self._together(steps)):
-            yield from Batch(self.normalize(self.augment(images, share)), labels).split(len(labels) // self.steps.share)
+        for share, images, targets in self.sets[0].read(self._together(steps)):
+            yield from Batch(self.normalize(self.augment(images, share)), targets).split(len(targets) // self.steps.share)
 
     def _together(self, steps: range) -> Iterator[Share]:
         """The shares of these steps, those of several in one where that is worth it and they are of one epoch."""
@@ -186,7 +191,7 @@ class Loader:
         return self.normalize(found)
 
     def val(self, size: int) -> Iterator[Batch]:
-        """This rank's part of the validation set, `size` images at a time."""
-        shares = contiguous(len(self.source.val), self.steps.rank, self.steps.world, size)
-        for _, images, labels in self.sets[1].read(shares):
-            yield Batch(self.normalize(images), labels)
+        """This rank's range of the validation set, `size` images at a time."""
+        shares = val_shares(len(self.source.val), self.steps.rank, self.steps.world, size)
+        for _, images, targets in self.sets[1].read(shares):
+            yield Batch(self.normalize(images), targets)

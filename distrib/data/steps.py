@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distrib.config import UserError, refuse_uneven
+from distrib.config import refuse_uneven
+from distrib.errors import UserError
 
-# What a random number is for: each use draws from a stream of its own.
-ORDER, AUGMENT, CROP, DROPOUT, TURN = range(5)
+# What a random number is for: each use draws from a stream of its own. Their numbers are part of every run: add at the end.
+ORDER, AUGMENT, CROP, DROPOUT, FLIP = range(5)
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # shifts and factors of SplitMix64
@@ -114,12 +115,12 @@ class Steps:
         return Share(epoch, order(self.images, self.seed, epoch)[first : first + self.share])
 
 
-def part(images: int, rank: int, world: int) -> range:
-    """The images of a whole set, in order, that one rank evaluates."""
+def val_range(images: int, rank: int, world: int) -> range:
+    """The images of the validation set, in order, that one rank evaluates."""
     return range(rank * images // world, (rank + 1) * images // world)
 
 
-def contiguous(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
-    """A rank's part of a whole set, `size` at a time: no image twice, none left out, no padding."""
-    mine = part(images, rank, world)
+def val_shares(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
+    """A rank's range of the validation set, `size` at a time: no image twice, none left out, no padding."""
+    mine = val_range(images, rank, world)
     return (Share(0, torch.arange(first, min(first + size, mine.stop))) for first in mine[::size])

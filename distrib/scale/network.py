@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from distrib.config import Config, DataConfig, UserError
-from distrib.models import Shape, build_model
+from distrib.config import Config, DataConfig
+from distrib.errors import UserError
+from distrib.models.build import build_model
+from distrib.models.layers import Shape
 from distrib.scale.cluster import Cluster
 
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes: DDP's defaults
@@ -111,7 +113,7 @@ def network_of(config: Config, cluster: Cluster) -> Network:
     backward = roofline.seconds - forward
     weights = sum(parameter.numel() for parameter, _ in ready)
     moments = 2 if config.optim.name == "adamw" else 1
-    copies = 1 + moments + bool(config.optim.average_decay)
+    copies = 1 + moments + bool(config.optim.ema_decay)
     return Network(
         weights,
         state=4 * weights * copies + sum(buffer.nbytes for buffer in model.buffers()),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distrib.config import Config, DataConfig, ModelConfig, UserError
+from distrib.config import Config, DataConfig, ModelConfig
+from distrib.errors import UserError
 from distrib.scale.cluster import Cluster
 from distrib.scale.network import Bucket, Network, network_of
 

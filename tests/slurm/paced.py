@@ -5,10 +5,10 @@ It also leaves a note of the GPUs and the place among the ranks that SLURM gave 
 
 import sys
 
-from distrib import interrupt
+from distrib.runtime import signals
 
 if __name__ == "__main__":
-    interrupt.listen()
+    signals.listen()
 
 import json
 import os
@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import train
-from distrib import loop, ranks
-from distrib.state import TrainState
+from distrib import cli
+from distrib.runtime import exits
+from distrib.runtime.environment import launched_rank
+from distrib.training import loop
+from distrib.training.state import TrainState
 
 train_step = loop.train_step
 
@@ -42,5 +44,5 @@ if __name__ == "__main__":
             "MASTER_ADDR",
         )
         told = {name: os.environ.get(name) for name in names}
-        Path(os.environ["NOTES"], f"rank_{ranks.launched_rank()}.json").write_text(json.dumps(told))
-    ranks.leave(train.main(sys.argv[2:]))
+        Path(os.environ["NOTES"], f"rank_{launched_rank()}.json").write_text(json.dumps(told))
+    exits.leave(cli.main(["train", *sys.argv[2:]]))

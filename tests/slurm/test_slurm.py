@@ -227,7 +227,7 @@ def test_a_killed_rank_ends_its_job_which_is_tried_again_only_as_often_as_asked(
     slurm.do("at", "node2", *kill)
     failed = slurm.wait(job.id, "FAILED", timeout=30)
     assert (failed["Restarts"], failed["NodeList"]) == ("1", "node[1-2]")
-    assert job.output.read_text().count("train.py: rank 1 is gone, so that the others leave too") == 2
+    assert job.output.read_text().count("distrib: rank 1 is gone, so that the others leave too") == 2
     assert json.loads((job.run_dir / "status.json").read_text())["cause"] == "rank 1 is gone"
     attempts = [json.loads(line) for line in (job.run_dir / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["restarts"] for attempt in attempts] == [0, 1]
@@ -246,7 +246,7 @@ def test_a_mistake_in_a_command_is_told_once_and_never_tried_again(slurm: Cluste
     job = Job(slurm, root / "mistaken", ["optim.lrr=1"], *options, MAX_CRASHES="3", NOTES=str(notes))
     failed = slurm.wait(job.id, "FAILED")
     assert (failed["Restarts"], failed["ExitCode"]) == ("0", "2:0")
-    assert job.output.read_text().count("train.py: there is no key optim.lrr: did you mean optim.lr?\n") == 1
+    assert job.output.read_text().count("distrib: there is no key optim.lrr: did you mean optim.lr?\n") == 1
     ranks = gpus_and_places(notes, 2)
     assert sorted(rank["CUDA_VISIBLE_DEVICES"] for rank in ranks) == ["0", "1"]
     assert [(rank["LOCAL_RANK"], rank["LOCAL_WORLD_SIZE"]) for rank in ranks] == [("0", "1")] * 2
@@ -294,7 +294,7 @@ def test_submit_gives_each_rank_its_gpu_and_its_part_of_the_cpus(slurm: Cluster,
         (["--time=soon"], "SLURM refuses: "),
         (["--", "optim.lrr=1"], "there is no key optim.lrr: did you mean optim.lr?"),
         (["--sweep", "seed=1,,2"], "--sweep seed=1,,2 is not KEY=A,B,..."),
-        (["--sweep", "seed=1,x"], "seed: Value 'x' of type 'str' could not be converted to Integer"),
+        (["--sweep", "seed=1,x"], "seed is 'x', not a whole number"),
         (["configs/fashion_mnist.yaml"], "what is 'configs/fashion_mnist.yaml'? A config and its keys follow '--'"),
     ],
 )

@@ -1,0 +1,100 @@
+"""The command `distrib`: what is asked for, and the exit code. Mistakes are answered before torch is imported."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from distrib.command_line import help_of_keys, load_config, to_yaml
+from distrib.config import Config, refuse_uneven
+from distrib.data import SOURCES
+from distrib.errors import UserError
+from distrib.registry import refuse_unknown
+from distrib.runtime import exits, signals
+from distrib.runtime.environment import launched_world
+from distrib.training import OBJECTIVES
+
+BEGAN = time.time()  # of this process, nearly: the imports that take long come after
+
+USAGE = """\
+usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
+
+  distrib train [CONFIG.yaml] [key=value ...]   train on one device
+  distrib runs [FOLDER]                         list the runs in a folder
+  distrib scale [CONFIG.yaml] [key=value ...]   predict training on many GPUs
+
+On all devices of a machine: accelerate launch -m distrib train ...
+distrib COMMAND --help tells more."""
+
+TRAIN_USAGE = """\
+usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
+       distrib train [CONFIG.yaml] [key=value ...]    on one device
+       --print-config shows the config that would be used
+
+"""
+
+
+def train(args: Sequence[str]) -> int:
+    """Train, from the newest checkpoint if there is one."""
+    if "--help" in args:
+        return exits.print_once(TRAIN_USAGE + help_of_keys())
+    signals.listen()  # before all that takes long, so that no signal is missed
+    config = load_config([arg for arg in args if arg != "--print-config"])
+    refuse_mistakes(config)
+    if "--print-config" in args:
+        return exits.print_once(to_yaml(config))
+    from distrib import run
+
+    run.train(config, longer=any(arg.startswith("epochs=") for arg in args), began=BEGAN)
+    return 0
+
+
+def refuse_mistakes(config: Config) -> None:
+    """Raise UserError for what can be seen to be wrong without torch."""
+    refuse_unknown(SOURCES, config.data.name, "data.name", "data set")
+    refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
+    refuse_uneven(config.batch_size, launched_world())
+
+
+def runs(args: Sequence[str]) -> int:
+    """List the runs in a folder."""
+    from distrib.reporting.runs import table
+
+    if "--help" in args:
+        return exits.print_once(
+            "usage: distrib runs [FOLDER]\n\nEach run in a folder, by default runs/: how it fares, and how good it is."
+        )
+    if len(args) > 1:
+        raise UserError(f"what is {args[1]!r}? Give one folder")
+    return exits.print_once(table(args[0] if args else "runs"))
+
+
+def scale(args: Sequence[str]) -> int:
+    """Predict what training would cost."""
+    from distrib.scale.cluster import Cluster
+    from distrib.scale.prediction import USAGE as SCALE_USAGE
+    from distrib.scale.prediction import read, report
+
+    if "--help" in args:
+        return exits.print_once(SCALE_USAGE)
+    return exits.print_once("\n".join(report(read(args, Cluster()), Cluster())))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "runs": runs, "scale": scale}
+
+
+def main(args: Sequence[str]) -> int:
+    """Do what a command line says. Returns 0 if it was done or stopped, 1 if it failed, 2 for a mistake in it."""
+    try:
+        if not args or args[0] in ("--help", "-h", "help"):
+            return exits.print_once(USAGE)
+        if args[0] not in COMMANDS:
+            raise UserError(f"there is no command {args[0]!r}: use {', '.join(COMMANDS)}, or --help")
+        return COMMANDS[args[0]](args[1:])
+    except Exception as error:
+        return exits.report(error)
+
+
+def run(*command: str) -> NoReturn:
+    """Do what this process's command line says, and end the process; `command` comes before its arguments."""
+    exits.leave(main([*command, *sys.argv[1:]]))

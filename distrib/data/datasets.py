@@ -1,0 +1,123 @@
+"""The data sets that have a name: where their images are found, or downloaded from."""
+
+import gzip
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from distrib.config import DataConfig
+from distrib.data import SOURCES
+from distrib.data.source import Arrays, Files, Source
+from distrib.errors import UserError
+from distrib.registry import lookup, refuse_unknown
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+
+
+def load_source(config: DataConfig, *, download: bool) -> Source:
+    """The data set `config.name`. Raises UserError if it is unknown, absent and not to be had, or damaged."""
+    refuse_unknown(SOURCES, config.name, "data.name", "data set")
+    source: Source = lookup(SOURCES, config.name)(config, download)
+    return replace(source, name=config.name)
+
+
+def digits(config: DataConfig, download: bool) -> Source:
+    """scikit-learn's 1,797 digits of 8x8 pixels, every fifth for validation (their order is that of the writers)."""
+    package: Any = find_spec("sklearn")  # not imported: that takes a second, and what is wanted of it is one file
+    file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+    rows = torch.from_numpy(np.loadtxt(file, np.uint8, delimiter=","))
+    images = (rows[:, :64] * (255 / 16)).round().byte().view(-1, 1, 8, 8)
+    labels = rows[:, 64].long()
+    is_val = torch.arange(len(images)) % 5 == 0
+    train, val = Arrays(images[~is_val], labels[~is_val]), Arrays(images[is_val], labels[is_val])
+    return Source(train, val, tuple("0123456789"), (1, 8, 8), mean=(0.3053,), std=(0.3760,))
+
+
+def of_torchvision(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], config: DataConfig, download: bool) -> Source:
+    """A small data set that torchvision knows how to find, verify and download."""
+    train, val = (find_or_download(kind, config, train, download) for train in (True, False))
+    arrays = [Arrays(channels_first(each.data), torch.as_tensor(each.targets).long()) for each in (train, val)]
+    shape = arrays[0].images.shape
+    return Source(arrays[0], arrays[1], tuple(train.classes), (shape[1], shape[2], shape[3]), mean, std)
+
+
+def find_or_download(kind: Any, config: DataConfig, train: bool, download: bool) -> Any:
+    waited = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return kind(config.root, train=train, download=download)
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{config.name} is not, or not whole, under {Path(config.root).absolute()}, and could not be downloaded: {why}. "
+            f"Give data.root=FOLDER, a folder that has it as torchvision's {kind.__name__} leaves it"
+            + (f", or apt-get install dataset-fashion-mnist ({DEBIAN_FASHION_MNIST})" if kind is datasets.FashionMNIST else "")
+        ) from None
+    finally:
+        socket.setdefaulttimeout(waited)
+
+
+def channels_first(data: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    images = torch.as_tensor(data)
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def fashion_mnist(config: DataConfig, download: bool) -> Source:
+    """Zalando's 70,000 articles of clothing; Debian's package dataset-fashion-mnist is used where it is installed."""
+    mean, std = (0.2860,), (0.3530,)
+    if not DEBIAN_FASHION_MNIST.is_dir() or Path(config.root, "FashionMNIST").is_dir():
+        return of_torchvision(datasets.FashionMNIST, mean, std, config, download)
+    train, val = read_debian("train"), read_debian("t10k")
+    return Source(train, val, tuple(datasets.FashionMNIST.classes), (1, 28, 28), mean, std)
+
+
+def read_debian(prefix: Literal["train", "t10k"]) -> Arrays:
+    """Read gzipped IDX files, whose headers are 16 bytes for images and 8 for labels."""
+    try:
+        images = gzip.decompress((DEBIAN_FASHION_MNIST / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:]
+        labels = gzip.decompress((DEBIAN_FASHION_MNIST / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:]
+    except (OSError, EOFError) as error:
+        raise UserError(
+            f"{DEBIAN_FASHION_MNIST} is damaged ({error}): apt-get install --reinstall dataset-fashion-mnist"
+        ) from None
+    pixels = torch.frombuffer(bytearray(images), dtype=torch.uint8).view(-1, 1, 28, 28)
+    return Arrays(pixels, torch.frombuffer(bytearray(labels), dtype=torch.uint8).long())
+
+
+def folder(config: DataConfig, download: bool) -> Source:
+    """Image files in train/CLASS/ and val/CLASS/, such as ImageNet's, whose mean and std are taken."""
+    splits = {}
+    for split in ("train", "val"):
+        try:
+            splits[split] = datasets.ImageFolder(Path(config.root, split))
+        except OSError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"data.root is {config.root!r}, which lacks {split}/CLASS/image files: {why}") from None
+    train, val = splits["train"], splits["val"]
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} is in one of them only")
+    sets = [Files(paths_of(each.samples), torch.tensor(each.targets), config.size, str(each.root)) for each in (train, val)]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Source(sets[0], sets[1], tuple(train.classes), (3, config.size, config.size), mean, std)
+
+
+def paths_of(samples: Sequence[tuple[str, int]]) -> np.ndarray[Any, Any]:
+    """The paths of files as an array: a list's millions of strings would be copied into each worker that looks at them."""
+    return np.array([os.fsencode(path) for path, _ in samples])
+
+
+mnist = partial(of_torchvision, datasets.MNIST, (0.1307,), (0.3081,))
+cifar10 = partial(of_torchvision, datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+cifar100 = partial(of_torchvision, datasets.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

@@ -1,0 +1,135 @@
+"""What a data set is: a `Source` has images to train on, images to validate with, and what belongs to both."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distrib.errors import UserError, one_line
+
+READERS = 16  # threads that ask for the sizes of files: on a network's disk that is waiting, and no work
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in memory, (n, channels, height, width) uint8, and their targets: class ids, (n,) int64, or (n, classes) float."""
+
+    images: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def sha256(self) -> str:
+        """Of every pixel and target."""
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.targets):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            pixels: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(pixels)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, their paths as an array of bytes, to be read as squares of `size` pixels; targets as those of `Arrays`.
+
+    The paths are below `root`, which may move: a fingerprint has the rest of them.
+    """
+
+    paths: np.ndarray[Any, Any]
+    targets: Tensor
+    size: int
+    root: str = ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sha256(self) -> str:
+        """Of the name and size of each file, in order, and of the targets: the content is not read."""
+        digest = hashlib.sha256(self.targets.numpy().tobytes())
+        with ThreadPoolExecutor(READERS) as pool:
+            for path, size in zip(self.paths, pool.map(os.path.getsize, self.paths, chunksize=256), strict=True):
+                digest.update(os.path.relpath(os.fsdecode(path), self.root or "/").encode(errors="surrogateescape"))
+                digest.update(f"\0{size}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set. `mean` and `std` are of its training images, per channel, with pixels in [0, 1]."""
+
+    train: Arrays | Files
+    val: Arrays | Files
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str = "source"
+
+    @classmethod
+    def from_arrays(
+        cls, train: tuple[Any, Any], val: tuple[Any, Any], classes: Sequence[str], name: str = "source"
+    ) -> "Source":
+        """A data set of images and targets that are in memory, as tensors or as what numpy takes for arrays.
+
+        Images are (n, channels, height, width) uint8; targets are class ids (n,), or (n, classes) floats. Raises UserError.
+        """
+        splits = [arrays_of(each, split, len(classes)) for split, each in (("train", train), ("val", val))]
+        shape = splits[0].images.shape[1:]
+        if splits[1].images.shape[1:] != shape:
+            raise UserError(f"images to train on are {list(shape)}, and images to validate {list(splits[1].images.shape[1:])}")
+        # Out of how often each of 256 values occurs, since floats would take eight times the memory of the images.
+        counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in splits[0].images.unbind(1)]).double()
+        values, pixels = torch.arange(256) / 255.0, counts.sum(1)
+        mean = counts @ values.double() / pixels
+        std = (((values - mean[:, None]) ** 2 * counts).sum(1) / pixels).sqrt().clamp_min(1e-3)
+        channels, height, width = shape
+        size = (channels, height, width)
+        return cls(splits[0], splits[1], tuple(classes), size, tuple(mean.tolist()), tuple(std.tolist()), name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data set from every other: how many images, which classes, and a hash of the rest."""
+        digest = hashlib.sha256(f"{self.train.sha256()} {self.val.sha256()}".encode()).hexdigest()
+        return {"train": len(self.train), "val": len(self.val), "classes": list(self.classes), "sha256": digest}
+
+
+def arrays_of(split: tuple[Any, Any], name: str, classes: int) -> Arrays:
+    """Images and targets as Arrays. Raises UserError if they do not belong together."""
+    try:
+        images, targets = (each.cpu() if isinstance(each, Tensor) else torch.from_numpy(np.array(each)) for each in split)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: images and targets are no arrays of numbers: {one_line(error)}") from None
+    soft, count = targets.dtype.is_floating_point, len(images)
+    if images.dim() != 4 or images.dtype != torch.uint8 or not count:
+        raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}, not uint8 (n, channels, height, width)")
+    if targets.shape != ((count, classes) if soft else (count,)):
+        found = f"{targets.dtype} {list(targets.shape)}"
+        raise UserError(f"{name}: targets are {found}, not ids ({count},) or floats ({count}, {classes})")
+    if not soft and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise UserError(f"{name}: targets are {int(targets.min())} to {int(targets.max())}, and there are {classes} classes")
+    if soft and not targets.isfinite().all():
+        raise UserError(f"{name}: targets are not all finite")
+    return Arrays(images, targets.float() if soft else targets.long())
+
+
+def data_differences(before: dict[str, Any], after: dict[str, Any], where: tuple[str, str] = ("there", "now")) -> list[str]:
+    """What sets two fingerprints apart, in words; nothing if they are the same."""
+    if before == after:
+        return []
+    here, there = where[1], where[0]
+    found, old, new = list[str](), before["classes"], after["classes"]
+    if old != new:
+        lost, added = (", ".join(sorted({*a} - {*b})[:5]) for a, b in ((old, new), (new, old)))
+        only = f"{lost or 'none'} only {there}, {added or 'none'} only {here}" if lost or added else "in another order"
+        found.append(f"set of classes ({len(old)} {there}, {len(new)} {here}: {only})")
+    for split in ("train", "val"):
+        if before[split] != after[split]:
+            found.append(f"number of {split} images ({before[split]} {there}, {after[split]} {here})")
+    return found or ["content of the data (as many images of the same classes, but other names, sizes or pixels)"]

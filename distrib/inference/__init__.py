@@ -1,0 +1,1 @@
+"""What is done with a run once it has been trained."""

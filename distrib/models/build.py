@@ -1,0 +1,97 @@
+"""A network for the data: ours or torchvision's by name, or one that was handed in, brought to channels, classes and size."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from distrib.config import ModelConfig
+from distrib.errors import UserError
+from distrib.models import NETWORKS
+from distrib.models.layers import Shape, Whitening, with_group_norm
+from distrib.models.weights import from_published, load_pretrained
+from distrib.registry import lookup
+
+SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
+
+Handed = nn.Module | Callable[[], nn.Module]  # a network, or a function that makes it once the seed is set
+
+
+def build_model(
+    config: ModelConfig, shape: Shape, classes: int, handed: Handed | None = None, *, load: bool = True
+) -> nn.Module:
+    """A network from images (n, *shape) to logits (n, classes). Raises UserError if the name, size or weights do not fit.
+
+    The initial weights are drawn from torch's global generator: seed it first. With `whiten`, fit the `Whitening` next. Without
+    `load`, the weights that the config names are not loaded.
+    """
+    whitening = Whitening(shape, config.whiten) if config.whiten else None
+    inner = whitening.shape if whitening else shape
+    if handed is not None:
+        if whitening:
+            raise UserError("model.whiten changes the channels of a network's input: put such a layer into your network")
+        model = handed if isinstance(handed, nn.Module) else handed()
+    elif config.name in NETWORKS:
+        model = lookup(NETWORKS, config.name)(inner[0], classes, config.width, config.dropout)
+    else:
+        model = adapt(of_torchvision(config.name, classes), inner)
+    if config.weights and load:
+        load_pretrained(model, config)
+    if hasattr(model, "transform_input"):
+        # The published weights of googlenet and inception_v3 are for images that were normalised otherwise.
+        model.transform_input = inner[0] == 3 and from_published(config.weights)  # type: ignore[assignment]
+    if config.norm == "group":
+        model = with_group_norm(model)
+    if whitening:
+        model = nn.Sequential(OrderedDict(whitening=whitening, network=model))
+    try_out(model, config.name, shape, classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+def of_torchvision(name: str, classes: int) -> nn.Module:
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision's: {', '.join(known)}")
+    # These two have extra outputs while they train, which no other network has.
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
+    return model
+
+
+def adapt(model: nn.Module, shape: Shape) -> nn.Module:
+    """Fit a network of torchvision to images: its first convolution takes their channels, a ResNet's keeps their size."""
+    channels, height, _ = shape
+    name, first = next((name, each) for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
+    if isinstance(model, models.ResNet) and height <= SMALL:  # He et al., 2016, section 4.2: the stem for CIFAR
+        model.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif channels != first.in_channels:
+        model.set_submodule(name, with_channels(first, channels))
+    return model
+
+
+def with_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+    names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    options: dict[str, Any] = {name: getattr(convolution, name) for name in names}
+    return nn.Conv2d(channels, bias=convolution.bias is not None, **options)
+
+
+def try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
+    """Raise UserError if a network does not turn an image into logits."""
+    training, device = model.training, next((each.device for each in model.parameters()), None)
+    try:
+        with torch.no_grad():
+            out = model.eval()(torch.zeros(1, *shape, device=device))
+    except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"model {name} does not take images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}"
+        ) from None
+    finally:
+        model.train(training)
+    found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+    if found != [1, classes]:
+        raise UserError(f"model {name} gives {found} for one image, not logits of {classes} classes: [1, {classes}]")

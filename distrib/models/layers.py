@@ -1,0 +1,67 @@
+"""Layers that several networks are made of, or get."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+RIDGE = 5e-4  # keeps directions in which patches hardly vary from being blown up
+
+
+def unit(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(convolution(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+
+def convolution(channels: int, width: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False)
+
+
+class Whitening(nn.Module):
+    """A first layer that is computed, not learned: its outputs over a patch of the images are uncorrelated, of variance 1.
+
+    Each filter comes with its negative, so that nothing is lost in the ReLU (Page, "How to train your ResNet", 2018; Jordan,
+    "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, where biases are learned: that takes 6 % longer and gains nothing).
+    """
+
+    def __init__(self, shape: Shape, side: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.shape: Shape = (2 * channels * side**2, height - side + 1, width - side + 1)
+        self.convolution = nn.Conv2d(channels, self.shape[0], side, bias=False)
+        self.convolution.weight.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.convolution(images))
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Compute the filters from normalised training images, (n, channels, height, width)."""
+        weight = self.convolution.weight
+        patches = F.unfold(images.float(), weight.shape[2]).transpose(1, 2).flatten(0, 1)
+        variances, directions = torch.linalg.eigh(patches.T.double() @ patches.double() / len(patches))
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        filters = (directions * largest.sign() / (variances + RIDGE).sqrt()).T.reshape(-1, *weight.shape[1:])
+        weight.copy_(torch.cat([filters, -filters]))
+
+
+def fit_whitening(model: nn.Module, sample: Callable[[], Tensor]) -> None:
+    """Fit the first layer of `model`, if it is a `Whitening`, to the images that `sample` gives."""
+    for each in model.modules():
+        if isinstance(each, Whitening):
+            each.fit(sample())
+
+
+def with_group_norm(model: nn.Module) -> nn.Module:
+    """Every BatchNorm2d becomes a GroupNorm (Wu and He, 2018) of 16 channels a group, or as many as divide."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            channels = module.num_features
+            groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
+            norm = nn.GroupNorm(groups, channels)
+            norm.load_state_dict({"weight": module.weight, "bias": module.bias})
+            norm.weight.requires_grad_(module.weight.requires_grad)
+            model.set_submodule(name, norm)
+    return model

@@ -1,0 +1,141 @@
+"""What a run says: on the console, as lines or a progress bar, and to TensorBoard. Only rank 0 speaks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from distrib.command_line import to_yaml
+from distrib.config import Config
+from distrib.data.source import Source
+from distrib.data.steps import Steps
+
+
+class Log:
+    """Console and TensorBoard of a run that ends with step `total`.
+
+    `forms` has the way in which the value of each meter is printed, and `main` is the meter that tells what is best. The Log of
+    a rank that is `silent` takes the same calls and does nothing.
+    """
+
+    def __init__(
+        self, config: Config, total: int, steps: Steps, forms: Mapping[str, str], main: str, *, silent: bool = False
+    ) -> None:
+        self.config, self.total, self.steps, self.silent = config, total, steps, silent
+        self.forms, self.main = forms, main
+        self.writer: SummaryWriter | None = None
+        self.bar = tqdm(disable=True)
+
+    @contextmanager
+    def opened(self, first: int) -> Iterator[None]:
+        """Log the steps after `first`; points that an interrupted run wrote after it are purged: a curve has each step once."""
+        self.writer = None if self.silent else SummaryWriter(self.config.run_dir, purge_step=first + 1)
+        # disable=None is tqdm's word for "only on a terminal": elsewhere there are lines instead.
+        silent = True if self.silent else None
+        self.bar = tqdm(total=self.total, initial=first, unit="step", dynamic_ncols=True, disable=silent)
+        try:
+            yield
+        finally:
+            self.bar.close()
+            self._record(SummaryWriter.close)
+
+    def opening(self, first: int, lines: Sequence[str], source: Source, network: nn.Module) -> None:
+        """What is about to be trained, on what, by `lines` and in words of its own."""
+        weights = sum(each.numel() for each in network.parameters())
+        shape = "x".join(map(str, source.shape))
+        images = f"{len(source.train):,} images to train on and {len(source.val):,} to validate, {shape}"
+        idle = self.steps.images % self.steps.batch_size
+        for line in lines:
+            self._say(line)
+        self._say(
+            f"{self.config.data.name}: {images}, {len(source.classes)} classes; {self.config.model.name}: {weights:,} weights"
+        )
+        self._say(
+            f"{self.config.run_dir}: {self.total:,} steps of {self.steps.batch_size} images, {self.steps.per_epoch:,} an epoch"
+            + (f" ({idle} images sit out, others each time)" if idle else "")
+            + (f"; goes on after step {first:,}" if first else "")
+        )
+        if not first:
+            self._record(lambda writer: writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```"))
+
+    def tick(self, step: int) -> None:
+        """A step is done: the bar moves."""
+        self.bar.update(step - self.bar.n)
+
+    def training(self, step: int, values: dict[str, float]) -> None:
+        """Report meters, `lr` and `images_per_second` since the last report."""
+        self._scalars(step, "train", values)
+        numbers = f"{self._numbers(values)}  {values['images_per_second']:,.0f} images/s"
+        if self.bar.disable:
+            seconds = (self.total - step) * self.steps.batch_size / values["images_per_second"]
+            self._say(f"{self._place(step)}  train: {numbers}  {tqdm.format_interval(round(seconds))} left")
+        else:
+            self.bar.set_description_str(f"epoch {step / self.steps.per_epoch:.2f}", refresh=False)
+            self.bar.set_postfix_str(numbers)
+
+    def validation(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Report meters of the weights that `group` names: val, or val_ema."""
+        self._scalars(step, group, values)
+        self._say(f"{self._place(step)}  {group}: {self._numbers(values)}")
+
+    def warn(self, text: str) -> None:
+        """Something went wrong that does not end the run."""
+        self._say(f"warning: {text}")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """What is too long for the console."""
+        self._record(lambda writer: writer.add_text(name, text, step))
+
+    def stopped(self, step: int, stopped_by: str) -> None:
+        """The last line of a run that somebody stopped."""
+        where = f"after step {step:,}, which is saved" if step else "before the first step"
+        self._say(f"stopped by {stopped_by} {where}: the same command goes on")
+
+    def done(self, step: int, values: dict[str, float], best_step: int, best_values: dict[str, float], speed: float) -> None:
+        """The last line of a run that is done; `speed` is in steps per second, 0 if there were none."""
+        seen = f"{step * self.steps.batch_size:,} images seen"
+        if speed:
+            seen += f" at {speed * self.steps.batch_size:,.0f} a second"
+        last, best = (self.forms[self.main].format(each[self.main]) for each in (values, best_values))
+        self._say(
+            f"done: {self.main} {last}, best {best} at step {best_step}; {seen}; "
+            f"tensorboard --logdir {Path(self.config.run_dir).parent}"
+        )
+
+    def flush(self) -> None:
+        """Bring all that was logged to the disk: before a checkpoint says that it is done."""
+        if not self.writer and not self.silent:
+            with suppress(OSError):
+                self.writer = SummaryWriter(self.config.run_dir)
+        self._record(SummaryWriter.flush)
+
+    def _numbers(self, values: Mapping[str, float]) -> str:
+        return "  ".join(f"{name} {form.format(values[name])}" for name, form in self.forms.items() if name in values)
+
+    def _place(self, step: int) -> str:
+        return f"epoch {step / self.steps.per_epoch:.2f}  step {step:,}/{self.total:,}"
+
+    def _scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        def write(writer: SummaryWriter) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"{group}/{name}", value, step)
+
+        self._record(write)
+
+    def _record(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Write for TensorBoard. A disk that is full, or fails, does not end the run: the next save tries a new file."""
+        if not self.writer:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            self.writer = None
+            self.warn(f"TensorBoard's file cannot be written: {error}; until the next save, reports go to the console only")
+
+    def _say(self, text: str) -> None:
+        if not self.silent and text:
+            with suppress(OSError):  # the console may be a file, on the same disk
+                tqdm.write(text)

@@ -1,0 +1,33 @@
+"""`distrib runs`: a line for each run in a folder. Imports no torch."""
+
+from pathlib import Path
+
+from distrib.errors import UserError
+from distrib.runtime.status import FILE, read_status
+
+TITLES = ("run", "state", "step", "last", "seconds", "attempts", "cause")
+OF_THE_RUN = {"state", "attempts", "seconds", "step", "kept_seconds", "goodput", "cause", "rank", "micro_batches"}
+
+
+def table(folder: str) -> str:
+    """The runs below a folder, in columns. Raises UserError if there are none."""
+    found = sorted(path.parent for path in Path(folder).glob(f"**/{FILE}"))
+    if not found:
+        raise UserError(f"there are no runs in {folder}: name the folder that holds run folders")
+    rows = [TITLES, *(row(path, Path(folder)) for path in found)]
+    widths = [max(len(each[column]) for each in rows) for column in range(len(TITLES))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(each, widths, strict=True)).rstrip() for each in rows)
+
+
+def row(run_dir: Path, folder: Path) -> tuple[str, ...]:
+    status = read_status(run_dir)
+    values = "  ".join(f"{name} {value:.4g}" for name, value in status.items() if name not in OF_THE_RUN)
+    return (
+        str(run_dir.relative_to(folder)) if run_dir != folder else run_dir.name,
+        str(status.get("state", "?")),
+        f"{status.get('step', 0):,}",
+        values,
+        f"{status.get('seconds', 0):,.0f}",
+        str(status.get("attempts", "?")),
+        str(status.get("cause") or ""),
+    )

@@ -1,0 +1,178 @@
+"""`train`: puts a run together out of a config and, where they are handed in, a data set, a network and an objective."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from distrib.config import AUTO, OWN, Config, keys_changed, refuse_keys_that_do_not_apply
+from distrib.data.loaders import Batch, Loader
+from distrib.data.sharing import agreed_fingerprint, load_shared
+from distrib.data.source import Arrays, Source
+from distrib.data.steps import Steps
+from distrib.errors import UserError
+from distrib.models.build import Handed, build_model
+from distrib.models.layers import fit_whitening
+from distrib.reporting.log import Log
+from distrib.runtime import attempts, ranks, signals
+from distrib.runtime.checkpoint import Saver
+from distrib.runtime.environment import with_accelerate_settings
+from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
+from distrib.runtime.status import write_status
+from distrib.runtime.stopwatch import Stopwatch
+from distrib.runtime.watchdog import Watchdog
+from distrib.training import memory
+from distrib.training.context import Run
+from distrib.training.identity import Identity, choose
+from distrib.training.loop import fit
+from distrib.training.objective import Objective, build_objective
+from distrib.training.optim import build_ema, build_optimizer, build_schedule
+from distrib.training.parallel import make_accelerator, unwrap, wrap
+from distrib.training.replay import Replay, can_replay
+from distrib.training.state import TrainState, progress, restore
+
+
+def train(
+    config: Config,
+    *,
+    source: Source | None = None,
+    network: Handed | None = None,
+    objective: Objective | None = None,
+    longer: bool = False,
+    began: float | None = None,
+) -> TrainState:
+    """Train as `config` says, from the newest intact checkpoint in its run folder if there is one. Every rank must call this.
+
+    A `source`, a `network` (or a function that makes one, which is called once torch's generator is seeded) and an `objective`
+    take the place of those that `config` names. With `longer` there may be more epochs than the folder was begun with. `began`
+    is the time.time() at which the attempt began, if that was before this call. A signal stops the run, which can go on.
+
+    Returns the state: its `network` has the trained weights, `ema` their moving average, `values` what the last evaluation
+    reported. Raises UserError if something is wrong that the user can mend, and RunError if the run could not go on.
+    """
+    began = time.time() if began is None else began
+    config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
+    with signals.listening(), Watchdog(config) as stopwatch, ExitStack() as cleanup:
+        device = ranks.join(config).device
+        data = source or load_shared(config.data)
+        refuse_keys_of_other_images(config, data)
+        fingerprint = agreed_fingerprint(data, own=source is not None)
+        identity = Identity(config, data, fingerprint, objective or build_objective(config), longer)
+        state, run, setup = prepare(identity, network, device, stopwatch, cleanup)
+        with open_run(config, began):
+            lines += [f"warning: {each}" for each in restore(state, Path(config.run_dir), identity.refuse_another)]
+            ranks.on_rank0(partial(write_config, config))
+            stopped_by = attempt(state, run, data, [*lines, *setup])
+            run.write_status("stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers()))
+            if stopped_by:
+                ask_for_requeue(stopped_by)
+    return state
+
+
+def prepare(
+    identity: Identity, network: Handed | None, device: torch.device, stopwatch: Stopwatch, cleanup: ExitStack
+) -> tuple[TrainState, Run, list[str]]:
+    """Build all that a run needs, and nothing in its folder; with lines for the user. Every rank must call this."""
+    begun, source, objective = identity.find_begun(), identity.source, identity.objective
+    config, precision = choose(identity.config, begun, device)
+    accelerator = make_accelerator(config)
+    if device.type == "cpu":
+        memory.keep_freed_memory()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
+    loader, schedule = Loader(source, config, steps, device), build_schedule(config, steps.per_epoch)
+    state, model = build(config, loader, network, accelerator)
+    cleanup.callback(unwrap, accelerator, model)
+    micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
+    chosen = begun or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
+    note: Callable[..., None] = partial(write_status, Path(config.run_dir)) if rank == 0 else lambda *state, **facts: None
+    forms = {name: meter.form for name, meter in objective.meters.items()}
+    log = Log(config, schedule.total, steps, forms, objective.main, silent=rank > 0)
+    saver = Saver(config, identity.about(chosen, world), lambda saved: note(**progress(saved.numbers)))
+    wanted = can_replay(config, device, world, scaled=state.scaler is not None)
+    replay = Replay(wanted=wanted, undo=state.optimizer.zero_grad)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
+    run = Run(config, objective, accelerator, model, loader, schedule, log, saver, stopwatch, note, replay, micro_batches)
+    return state, run, [*(f"warning: {each}" for each in cut), setup]
+
+
+def build(config: Config, loader: Loader, network: Handed | None, accelerator: Accelerator) -> tuple[TrainState, nn.Module]:
+    """The state at step 0, and what a step calls. Every rank must call this."""
+    source = loader.source
+    torch.manual_seed(config.seed)
+    built = ranks.rank0_first(lambda leads: build_model(config.model, source.shape, len(source.classes), network))
+    built = built.to(loader.device)
+    if network is not None:
+        ranks.broadcast_network(built)  # each rank has made its own
+    fit_whitening(built, loader.sample)
+    ema = build_ema(built, config.optim.ema_decay)
+    optimizer = build_optimizer(built, config.optim, fused=accelerator.scaler is None)
+    model, optimizer = wrap(accelerator, built, optimizer, config.compile)
+    return TrainState(built, optimizer, ema), model
+
+
+def cut_into_memory(
+    config: Config, state: TrainState, model: nn.Module, loader: Loader, objective: Objective, accelerator: Accelerator
+) -> tuple[int, list[str]]:
+    """The number of micro-batches that fit, and lines for the user. Every rank must call this."""
+    targets, shape, share = loader.source.train.targets, loader.source.shape, loader.steps.share
+
+    def rehearse(images: int) -> bool:
+        like = Batch(torch.empty(images, *shape, device="meta"), torch.empty_like(targets[:images], device="meta"))
+        return memory.fits(state, model, accelerator, lambda *batch: objective.train(*batch)[0], like)
+
+    refuse = partial(memory.refuse_graphs_of_parts, config.compile, device=loader.device)
+    return memory.micro_batches_that_fit(config.micro_batches, Path(config.run_dir), share, rehearse, refuse)
+
+
+def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> str:
+    """Go on to the end, or until someone asks to stop; returns who did, or "". Every rank must call this."""
+    config, log = run.config, run.log
+    run.write_status("running", **progress(state.numbers()))
+    attempts.record(config, state.step)
+    rank, auto = run.accelerator.process_index, config.micro_batches == AUTO
+    explained = memory.memory_errors_explained(state, Path(config.run_dir), rank, run.micro_batches, auto=auto)
+    with log.opened(state.step), run.saver, explained:
+        log.opening(state.step, lines, source, state.network)
+        stopped_by = fit(state, run)
+        if stopped_by:
+            log.stopped(state.step, stopped_by)
+        else:
+            log.done(state.step, state.values, state.best_step, state.best_values, run.stopwatch.overall())
+    return stopped_by
+
+
+def with_names_of(config: Config, source: Source | None, network: Handed | None, objective: Objective | None) -> Config:
+    """`config` with the names of what was handed in. Raises UserError if a key would be ignored."""
+    named = {
+        "data": source and source.name,
+        "model": None if network is None else getattr(network, "__name__", type(network).__name__),
+        "objective": objective and objective.name,
+    }
+    changed = keys_changed(config)
+    for section, name in named.items():
+        keys = getattr(config, section)
+        if name and f"{section}.name" in changed:
+            raise UserError(f"{section}.name={keys.name} and an object in its place were given: leave one of them out")
+        if name:
+            config = replace(config, **{section: replace(keys, name=f"{OWN}{name}")})
+    refuse_keys_that_do_not_apply(config, changed)
+    if not config.run_dir:
+        raise UserError("run_dir is not given: name the folder of this run, such as Config(run_dir='runs/mine')")
+    return config
+
+
+def refuse_keys_of_other_images(config: Config, source: Source) -> None:
+    """Raise UserError if a key of image files was given for images in memory, or the other way round."""
+    in_memory = isinstance(source.train, Arrays)
+    idle, kind = ({"data.workers", "data.crop_area"}, "image files") if in_memory else ({"data.resident"}, "images in memory")
+    given = sorted(idle & keys_changed(config))
+    if given:
+        raise UserError(f"{', '.join(given)} would be ignored: that is for {kind}; leave it out")

@@ -1,0 +1,41 @@
+"""Which job, machines and code made which steps: attempts.jsonl in the run folder has a line for each attempt."""
+
+import json
+import os
+import socket
+import subprocess
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from distrib.config import Config
+from distrib.runtime import ranks
+from distrib.runtime.environment import from_environment
+
+
+def record(config: Config, step: int) -> None:
+    """Add this attempt, which goes on after `step`. Every rank must call this."""
+    hosts = ranks.all_gather_object(socket.gethostname())
+    if not ranks.is_rank0():
+        return
+    line = {
+        "after_step": step,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "ranks": len(hosts),
+        "hosts": list(dict.fromkeys(hosts)),  # in the order of their ranks
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": from_environment("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", default=0),
+    }
+    with suppress(OSError), Path(config.run_dir, "attempts.jsonl").open("a") as file:  # a full disk ends no run
+        file.write(json.dumps(line) + "\n")
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty behind it if files have been changed since; None outside of a repository."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

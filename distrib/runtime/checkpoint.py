@@ -1,0 +1,288 @@
+"""A checkpoint is complete and as it was written, or it is not there.
+
+run_dir/checkpoints/step_00000123/ holds model.safetensors: the network's tensors, under the network's own names;
+ema.safetensors: their moving average, if there is one; training.safetensors: what the optimizer remembers; state.json: every
+number; and manifest.json, which describes the run and has the size and SHA-256 of each file. It is written beside its name,
+brought to the disk, and then renamed. Nothing is ever unpickled.
+
+Whoever reads one finds it intact; or torn, not as it was written: it is set aside, and the one before is used; or foreign, of
+another run: UserError; or unreadable now: it is tried again, then RunError. Only what is torn is ever renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distrib.config import Config
+from distrib.errors import RunError, UserError, one_line
+from distrib.runtime.disk import to_disk, try_again
+
+MODEL, EMA, TRAINING = "model.safetensors", "ema.safetensors", "training.safetensors"
+NUMBERS, MANIFEST = "state.json", "manifest.json"
+FORMAT = 2
+SMALL = 1 << 24  # bytes: no JSON of ours is larger
+
+
+class Torn(Exception):  # noqa: N818
+    """A checkpoint is not as it was written, or never was one; and why."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state at one step, on the CPU, apart from the one that goes on changing."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]  # the tensors of each file, by name
+    numbers: dict[str, Any]
+    score: float | None  # of the evaluation at this step, if there was one: higher is better
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The folders that have the name of a checkpoint, oldest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if not path.suffix)
+
+
+def write(snapshot: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> None:
+    """Commit a checkpoint, whose manifest says what it is `about`, then prune the old ones.
+
+    At whatever point this is killed or fails, every checkpoint that was there is there, or a newer one is. It raises what the
+    file system does, and Torn if a tensor is not finite.
+    """
+    folder = run_dir / "checkpoints" / f"step_{snapshot.step:08d}"
+    partial = folder.with_suffix(".partial")
+    arrays = {file: in_order(tensors) for file, tensors in snapshot.files.items() if tensors}
+    for left in folder.parent.glob("step_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, tensors in arrays.items():
+        save_file(tensors, partial / file)
+    (partial / NUMBERS).write_text(json.dumps(snapshot.numbers))
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)} for name in (*arrays, NUMBERS)}
+    manifest = {"format": FORMAT, "step": snapshot.step, "score": snapshot.score, **about, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest | {"sha256": own_sha256(manifest)}, indent=2))
+    for path in (*(partial / name for name in files), partial / MANIFEST, partial):
+        to_disk(path)
+    os.rename(partial, folder)
+    to_disk(folder.parent)
+    prune(run_dir, keep)
+
+
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the order in memory that a file wants. Raises Torn if one is not finite.
+
+    By numpy, in one thread: torch would have its threads fight for the cores with those that train.
+    """
+    arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in tensors.items()}
+    odd = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
+    if odd:
+        raise Torn(f"{odd} is not finite")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the one with the best score, if any was evaluated.
+
+    What is being deleted has lost its name; what cannot be is left for the next time.
+    """
+    found = checkpoints(run_dir)
+    best = best_of(found)
+    for folder in found[:-keep]:
+        if folder != best:
+            with suppress(OSError):
+                os.rename(folder, folder.with_suffix(".pruned"))
+    for folder in (run_dir / "checkpoints").glob("step_*.pruned"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def best_of(found: list[Path]) -> Path | None:
+    """The checkpoint with the best score, of several the oldest; None if none was evaluated."""
+    scores = {folder: score for folder in found if (score := score_of(folder)) is not None}
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def score_of(folder: Path) -> float | None:
+    """The score of a checkpoint, if it was evaluated at its step and its manifest can be read."""
+    try:
+        score = json.loads((folder / MANIFEST).read_text())["score"]
+        return None if score is None else float(score)
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def newest(run_dir: Path, check: Callable[[Path, dict[str, Any]], None]) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that is intact, its manifest, and lines for the user; None if there has never been one.
+
+    `check(folder, manifest)` looks into the files. It raises Torn, and then the checkpoint is set aside under another name; or
+    UserError if the checkpoint is of another run. Raises UserError if all are torn: a run is never begun anew by itself.
+    """
+    lines: list[str] = []
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            manifest = verified(folder)
+            with as_outcomes(folder):
+                check(folder, manifest)
+            return folder, manifest, lines
+        except Torn as why:
+            aside = set_aside(folder)
+            lines.append(f"{folder.name} is damaged ({why}): it is now {aside.name}")
+    damaged = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*.damaged*"))
+    if damaged:
+        raise UserError(
+            f"{run_dir} has no checkpoint that is intact, only {', '.join(damaged[:3])}{' ...' if len(damaged) > 3 else ''}: "
+            f"give another run_dir, or remove them to begin anew{''.join(f'; {line}' for line in lines)}"
+        )
+    return None, {}, lines
+
+
+def best_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint `run`, or the best in the run folder `run`, and its manifest; nothing is set aside. Raises UserError."""
+    found = [run] if (run / MANIFEST).exists() else checkpoints(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoints: name a run folder, or a checkpoint in one")
+    folder = best_of(found) or found[-1]
+    try:
+        return folder, verified(folder)
+    except Torn as why:
+        raise UserError(f"{folder} is damaged ({why}): name another checkpoint") from None
+
+
+def latest_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of the newest checkpoint that has one; nothing is changed, and the other files are not read."""
+    for folder in reversed(checkpoints(run_dir)):
+        with suppress(Torn):
+            return read_manifest(folder)
+    return {}
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a torn checkpoint another name, and return that."""
+    names = (folder.with_suffix(f".damaged{i or ''}") for i in range(len(list(folder.parent.iterdir())) + 1))
+    aside = next(name for name in names if not name.exists())
+    os.rename(folder, aside)
+    return aside
+
+
+@contextmanager
+def as_outcomes(folder: Path) -> Iterator[None]:
+    """Turn what reading a checkpoint raises into Torn, or into RunError if it cannot be read now."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Torn(f"{Path(error.filename or folder).name} is not there") from None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read: {error.strerror or error}; it is left as it is, try again later") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise Torn(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as it says. Raises Torn, UserError or RunError."""
+    manifest = read_manifest(folder)
+    with as_outcomes(folder):
+        for name, expected in manifest["files"].items():
+            path = regular(folder, name, SMALL if name.endswith(".json") else None)
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise Torn(f"{name} has {size} bytes, not {expected['bytes']}")
+            if sha256(path) != expected["sha256"]:
+                raise Torn(f"{name} is not as it was written")
+        missing = {MODEL, TRAINING, NUMBERS} - manifest["files"].keys()
+        if missing:
+            raise Torn(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest that is as it was written. Raises Torn, RunError, or UserError if a later version wrote it."""
+    with as_outcomes(folder):
+        path = regular(folder, MANIFEST, SMALL)
+        manifest: dict[str, Any] = json.loads(try_again(path.read_bytes))
+        if manifest.pop("sha256") != own_sha256(manifest):
+            raise Torn(f"{MANIFEST} is not as it was written")
+        if folder.name != f"step_{manifest['step']:08d}":
+            raise Torn(f"{MANIFEST} is of step {manifest['step']}")
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{folder} has format {manifest['format']}, and this version of distrib reads format {FORMAT}: "
+                "go on with the version that wrote it, or give another run_dir"
+            )
+    return manifest
+
+
+def regular(folder: Path, name: str, most: int | None) -> Path:
+    """The path of a file of the folder's own, of at most so many bytes. Raises Torn."""
+    path = folder / name
+    if Path(name).name != name:
+        raise Torn(f"{name} is not in the folder")
+    found = try_again(path.lstat)
+    if not stat.S_ISREG(found.st_mode):
+        raise Torn(f"{name} is no file of its own")
+    if most is not None and found.st_size > most:
+        raise Torn(f"{name} has {found.st_size} bytes, more than {most}")
+    return path
+
+
+def sha256(path: Path) -> str:
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return try_again(read)
+
+
+def own_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+class Saver:
+    """Writes checkpoints behind the training's back, one at a time; leaving it waits for the last one.
+
+    `saved` is called with each one that is on the disk.
+    """
+
+    def __init__(self, config: Config, about: dict[str, Any], saved: Callable[[Snapshot], None]) -> None:
+        self.run_dir, self.keep, self.about, self.saved = Path(config.run_dir), config.keep, about, saved
+        self.thread: threading.Thread | None = None
+        self.last: Snapshot | None = None  # the next one takes its memory
+        self.failure: str | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write a snapshot. Wait for the one before first."""
+        self.last, self.failure = snapshot, None
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save step {snapshot.step}")
+        self.thread.start()
+
+    def wait(self) -> str | None:
+        """Wait until nothing is being written; returns what went wrong with the last one, in a line."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        return self.failure
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write(snapshot, self.run_dir, self.about, self.keep)
+            self.saved(snapshot)
+        except Exception as error:  # whatever it is, training goes on, and all ranks hear of it
+            self.failure = f"no checkpoint of step {snapshot.step} could be saved: {type(error).__name__}: {one_line(error)}"

@@ -1,0 +1,110 @@
+"""A run folder belongs to one run, and to one trainer at a time."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from distrib.command_line import read_config, to_yaml
+from distrib.config import Config, differences, keys_of
+from distrib.errors import RunError, UserError, lost_rank, one_line
+from distrib.runtime import ranks
+from distrib.runtime.disk import write_atomically
+from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.lock import run_lock, try_lock
+from distrib.runtime.status import begin_status, read_status, write_status
+from distrib.runtime.stop_vote import StopVote
+
+LINGER = 1.0  # seconds in which ranks that lost one see which it was, before they leave too
+
+
+@contextmanager
+def open_run(config: Config, began: float) -> Iterator[None]:
+    """Hold the run folder while this lasts; if it fails, why is in its status. Every rank must call this.
+
+    Raises UserError if the folder cannot be written or is in use; and RunError, naming the rank, if another one has gone.
+    """
+    run_dir, rank = Path(config.run_dir), launched_rank()
+    with ExitStack() as stack:
+        lock = ranks.rank0_first(lambda leads: stack.enter_context(start_attempt(run_dir, rank, began)))
+        try:
+            yield
+        except (UserError, RunError) as error:
+            if rank == 0 or read_status(run_dir).get("state") == "running":  # else rank 0 has met the same
+                write_status(run_dir, "failed", cause=one_line(error))
+            raise
+        except Exception as error:
+            if lost_rank(error):
+                raise without_others(run_dir, lock, rank, error) from None
+            write_status(run_dir, "failed", cause=f"{type(error).__name__}: {one_line(error)}", rank=rank)
+            raise
+
+
+@contextmanager
+def start_attempt(run_dir: Path, rank: int, began: float) -> Iterator[IO[str]]:
+    """Make the folder and its status, on rank 0, and lock this rank's byte. Raises UserError."""
+    with ExitStack() as stack:
+        try:
+            if rank == 0:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(run_lock(run_dir, rank))
+            if rank == 0:
+                begin_status(run_dir, began)
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+        yield lock
+
+
+def write_config(config: Config) -> None:
+    """Write config.yaml, once it is clear that the run goes on with this config. Raises UserError."""
+    try:
+        write_atomically(Path(config.run_dir, "config.yaml"), to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run_dir {config.run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+
+
+def refuse_another_config(config: Config, *, longer: bool = False) -> None:
+    """Raise UserError if config.yaml says that another config has begun the run folder, naming the keys that differ."""
+    path = Path(config.run_dir, "config.yaml")
+    if path.exists():
+        there = {each.name: each.value for each in keys_of(read_config(path))}
+        refuse(config.run_dir, differences(there, config, longer=longer))
+
+
+def refuse(run_dir: str | Path, differ: list[str]) -> None:
+    """Raise UserError if a run that has begun differs from the one that is asked for."""
+    if differ:
+        more = "; to train on, give epochs=N with a larger N" if any(each.startswith("epochs (") for each in differ) else ""
+        raise UserError(f"{run_dir} was begun with another {', '.join(differ)}: give another run_dir{more}")
+
+
+def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) -> RunError:
+    """The error of a rank that lost others: it names those whose bytes are not locked. The lowest that is left writes it."""
+    others = set(range(launched_world())) - {rank}
+    gone = sorted(other for other in others if try_lock(lock, other))
+    time.sleep(LINGER)
+    speaker = min({rank, *others} - {*gone})
+    names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+    if rank == speaker and read_status(run_dir).get("state") != "failed":
+        write_status(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
+    text = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
+    return RunError(f"{text} ({one_line(error).partition('. ')[0]})", speaker)
+
+
+def ask_for_requeue(stopped_by: str) -> None:
+    """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is to go on later.
+
+    Not if a person stopped it, by the file STOP or Ctrl-C: it would come back. Every rank must call this. Raises RunError if
+    the file cannot be made.
+    """
+    path, failure = os.environ.get("REQUEUE_FILE"), ""
+    if path and ranks.is_rank0() and stopped_by not in (StopVote.FILE, "SIGINT"):
+        try:
+            Path(path).touch()
+        except OSError as error:
+            failure = f"REQUEUE_FILE {path} cannot be made: {error.strerror}"
+    failure = ranks.broadcast_object(failure)
+    if failure:
+        raise RunError(failure)

@@ -1,0 +1,52 @@
+"""status.json in a run folder: how the run fares, why it ended, and how much of its time went into what is saved."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distrib.runtime.disk import write_atomically
+
+FILE = "status.json"
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What status.json says; nothing if it is not there or no JSON."""
+    try:
+        status: dict[str, Any] = json.loads((run_dir / FILE).read_text())
+        return status if isinstance(status, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_status(run_dir: Path, state: str = "", **facts: Any) -> None:
+    """Bring status.json up to date; a state and facts that are not given stay as they were.
+
+    `seconds` grows by the time since the last call, and `goodput` is the part of it that went into the saved state.
+    """
+    with suppress(OSError):  # a full disk ends no run
+        path = run_dir / FILE
+        known = read_status(run_dir)
+        seconds = round(known.get("seconds", 0.0) + max(0.0, time.time() - path.stat().st_mtime), 3)
+        status = known | ({"state": state} if state else {}) | {"seconds": seconds} | facts
+        if seconds and status.get("kept_seconds") is not None:
+            status["goodput"] = round(status["kept_seconds"] / seconds, 4)
+        write_atomically(path, json.dumps(status, indent=2) + "\n")
+
+
+def begin_status(run_dir: Path, began: float) -> None:
+    """Note that an attempt runs, which began at `began`. Raises OSError."""
+    known, seconds = read_status(run_dir), up_seconds(run_dir) + time.time() - began
+    status = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
+    remembered = {name: known[name] for name in ("micro_batches",) if name in known}
+    write_atomically(run_dir / FILE, json.dumps(status | remembered))
+
+
+def up_seconds(run_dir: Path) -> float:
+    """Seconds that a run was up in all its attempts, the last one until its last sign of life."""
+    try:
+        after = (run_dir / "lock").stat().st_mtime - (run_dir / FILE).stat().st_mtime
+        return float(read_status(run_dir).get("seconds", 0.0)) + max(0.0, after)
+    except (OSError, TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,54 @@
+"""When to stop: all ranks agree on the step, or they would wait for each other."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrib.config import Config
+from distrib.runtime import ranks, signals
+from distrib.runtime.environment import launched_world
+
+
+class StopVote:
+    """Whether to stop, asked before each step: the ranks agree on it about twice a second, and so on the step.
+
+    One small exchange in half a second is the whole cost. It goes between CPUs (gloo), so no GPU is waited for.
+    """
+
+    PERIOD = 0.5  # seconds
+    BY_FILE, FILE = 100, "the file STOP"  # greater than the number of any signal, so that it prevails
+
+    def __init__(self, config: Config) -> None:
+        self.file = Path(config.run_dir, "STOP")
+        self.several = launched_world() > 1
+        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=ranks.patience(config)) if self.several else None
+        self.next = 0  # the step that is voted on next
+        self.last: tuple[int, float] | None = None  # the one that was last voted on, and when
+
+    def __call__(self, step: int) -> str:
+        """Who asked all ranks to stop before `step`: a signal's name, or the file; "" if nobody did."""
+        if step < self.next:
+            return ""
+        wish = signals.received() or (self.BY_FILE if ranks.is_rank0() and os.path.exists(self.file) else 0)
+        vote = torch.tensor([wish, self._pace(step) if ranks.is_rank0() else 0])
+        if self.several:
+            torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        wish, steps = vote.tolist()
+        self.next = step + steps
+        if wish == self.BY_FILE and ranks.is_rank0():
+            with suppress(OSError):
+                self.file.unlink()  # it has been heard
+        return self.FILE if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
+
+    def _pace(self, step: int) -> int:
+        """Steps until the next vote: about PERIOD seconds' worth, at most double the last interval."""
+        earlier, self.last = self.last, (step, time.perf_counter())
+        if earlier is None:
+            return 1
+        steps, seconds = step - earlier[0], self.last[1] - earlier[1]
+        return max(1, min(2 * steps, round(steps * self.PERIOD / seconds)))

@@ -1,0 +1,94 @@
+"""A watchdog: no phase of a run lasts longer than its limit.
+
+A rank that hangs keeps the others waiting for as long as it is left. So each rank has a thread that looks at the clock; when
+a phase is over its limit, it writes the stacks of all threads to the run folder, says who waits for whom, and ends the rank.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import NoReturn
+
+from distrib.config import Config
+from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.lock import show_life
+from distrib.runtime.stacks import SHOW_STACKS, add_stacks, stack_report, stuck, summary, whereabouts
+from distrib.runtime.status import write_status
+from distrib.runtime.stopwatch import Stopwatch
+
+PERIOD = 1.0  # seconds between two looks at the clock
+GATHER = 2.0  # seconds that the ranks have to report, and their loader workers
+
+
+class Watchdog:
+    """A thread that ends this rank when a phase of its stopwatch is over its limit."""
+
+    def __init__(self, config: Config) -> None:
+        self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
+        self.rank, self.world = launched_rank(), launched_world()
+        self.stopwatch, self.over = Stopwatch(), False
+        self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Stopwatch:
+        self.thread.start()
+        return self.stopwatch
+
+    def __exit__(self, *error: object) -> None:
+        self.over = True
+        self.stopwatch.turned.set()
+        self.thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
+        while True:
+            self.stopwatch.turned.wait(PERIOD)
+            self.stopwatch.turned.clear()
+            if self.over:
+                return
+            phase, since = self.stopwatch.current
+            spent = perf_counter() - since
+            if spent > self.limits[phase]:
+                self._end(phase, spent)
+            # If something keeps the interpreter's lock, this thread cannot look: then faulthandler's does, which needs none.
+            faulthandler.dump_traceback_later(self.limits[phase] - spent + 2 * GATHER, exit=True, file=2)
+            if self.rank == 0 and phase != "start":  # until then the folder shows the end of the attempt before
+                show_life(self.run_dir)
+
+    def _end(self, phase: str, spent: float) -> NoReturn:
+        faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # a disk may hang too
+        report, place = stack_report(self.run_dir, self.rank), whereabouts(several=self.world > 1)
+        reports = {self.rank: place}
+        with suppress(OSError):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(f"{place}\n")
+            add_stacks(report, f"rank {self.rank}, {spent:.0f} s in the phase {phase!r}, process {os.getpid()}")
+            for worker in multiprocessing.active_children():
+                if worker.pid:
+                    os.kill(worker.pid, SHOW_STACKS)
+            reports |= self._collect_reports(report)
+        if self.rank == min(reports):
+            since = f"nothing has moved for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
+            what = f"{since}: {summary(reports, self.world)}"
+            print(f"distrib: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
+            write_status(self.run_dir, "failed", cause=what, rank=next(iter(stuck(reports, self.world)), None))
+        os._exit(1)
+
+    def _collect_reports(self, mine: Path) -> dict[int, str]:
+        """What the ranks report that are able to, by rank. A report of an earlier hang is older by a limit at least."""
+        reports: dict[int, str] = {}
+        give_up = time.monotonic() + GATHER
+        while time.monotonic() < give_up:  # all of it: the loader workers need it too
+            time.sleep(GATHER / 10)
+            for rank in range(self.world):
+                with suppress(OSError, IndexError):
+                    path = stack_report(self.run_dir, rank)
+                    if abs(path.stat().st_mtime - mine.stat().st_mtime) < min(self.limits.values()) + GATHER:
+                        reports[rank] = path.read_text().splitlines()[0]
+        return reports

@@ -1,0 +1,105 @@
+"""Numbers that went wrong: found on every rank in the same step, before they reach a weight or a checkpoint.
+
+Records of steps stay on the device until somebody waits for that anyway: before a report, and before a save.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distrib.errors import RunError
+from distrib.runtime import ranks
+from distrib.training.context import Run
+from distrib.training.meters import Totals
+from distrib.training.records import StepRecord
+from distrib.training.state import TrainState
+
+
+def nonfinite(weights: Sequence[nn.Parameter]) -> Tensor:
+    """1.0 if a gradient is not finite, else 0.0: after the exchange, what is not finite on one rank is not on any.
+
+    This is what torch's GradScaler does to look, with a scale of 1; a norm would take five times as long.
+    """
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    found = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+    return found
+
+
+def collect_records(state: TrainState, run: Run) -> None:
+    """Read the records of the steps since the last call: add up what was measured, and find what went wrong.
+
+    This waits for the device. Every rank must call it. Raises RunError if a step was not finite and `nonfinite` is stop, or if
+    more than `nonfinite_limit` in a row were.
+    """
+    records = run.records.copy()
+    run.records.clear()
+    if not records:
+        return
+    rows = torch.stack([each.values for each in records]).cpu().double().numpy()
+    sums = rows[:, 1:].reshape(len(records), len(records[0].images), -1)  # of each step and micro-batch
+    for step, (odd, measured) in enumerate(zip(rows[:, 0].tolist(), sums, strict=True), state.step - len(records)):
+        state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if odd else 0
+        if odd:
+            report_nonfinite(state, run, step, finite=bool(np.isfinite(measured).all()))
+    finite = (rows[:, :1] == 0) & np.isfinite(sums).all(2)  # in fp16 a loss may overflow too
+    add_up(state, records[0], np.where(finite[..., None], sums, 0), int((finite * [each.images for each in records]).sum()))
+
+
+def add_up(state: TrainState, like: StepRecord, sums: np.ndarray[Any, Any], images: int) -> None:
+    """Add sums, of the form of the record `like`, to the totals: one after the other, as steps would."""
+    if not state.totals.sums:
+        zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in like.shapes.items()}
+        state.totals = Totals(zeros, state.totals.images)
+    before = state.totals.flat().numpy()[None, :-1]
+    added = np.concatenate([before, sums.reshape(-1, before.shape[1])]).cumsum(0)[-1]
+    state.totals = state.totals.with_values(torch.from_numpy(np.append(added, state.totals.images.item() + images)))
+
+
+def report_nonfinite(state: TrainState, run: Run, step: int, *, finite: bool) -> None:
+    """Report a step whose gradient was not finite; this rank's loss was `finite` or not. Every rank must call this.
+
+    Raises RunError if the run is to end.
+    """
+    config, steps = run.config, run.loader.steps
+    state.skipped_steps += 1
+    odd = [rank for rank, ok in enumerate(ranks.all_gather_object(finite)) if not ok]
+    where = f"the loss of rank {', '.join(map(str, odd))}" if odd else "the gradient"
+    images = [each for rank in odd or range(steps.world) for each in steps.of_rank(rank)(step).images.tolist()]
+    run.log.warn(f"step {step + 1:,}: {where} is not finite, and no weight was changed; images {shortened(images)}")
+    run.log.text(step + 1, "nonfinite", f"{where}: images {', '.join(map(str, images))}")
+    if config.nonfinite == "stop":
+        raise RunError(
+            f"{where} is not finite in step {step + 1:,}: a smaller optim.lr or optim.clip_norm may help; "
+            "nonfinite=skip goes on without such steps"
+        )
+    if state.nonfinite_in_a_row > config.nonfinite_limit:
+        row = f"{state.nonfinite_in_a_row} steps in a row were not finite, up to step {step + 1:,}"
+        raise RunError(f"{row}: try a smaller optim.lr, or optim.clip_norm")
+
+
+def shortened(images: list[int]) -> str:
+    """The first few of many images."""
+    return ", ".join(map(str, images[:8])) + (f" and {len(images) - 8} more, in TensorBoard" if len(images) > 8 else "")
+
+
+def check_replicas(state: TrainState, accelerator: Accelerator) -> None:
+    """Raise RunError if the ranks' weights are not the same, bit by bit. Every rank must call this."""
+    if accelerator.num_processes == 1:
+        return
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [weight.detach().view(integers[weight.element_size()]) for weight in state.network.parameters()]
+    sums = [each.sum(dtype=each.dtype) for each in bits]  # it may overflow, and is as good; in int64 it takes ten times as long
+    replicas = accelerator.gather(torch.stack(sums)[None]).tolist()
+    common = Counter(map(tuple, replicas)).most_common(1)[0][0]  # of several that are as common, that of the lowest rank
+    odd = [str(rank) for rank, each in enumerate(replicas) if tuple(each) != common]
+    if odd:
+        raise RunError(
+            f"the weights of rank {', '.join(odd)} are not those of the other ranks after step {state.step:,}: "
+            "nothing is saved any more; check the memory of its device, then the same command goes on from the last checkpoint"
+        )

@@ -1,0 +1,102 @@
+"""What is learned: an `Objective` turns logits and targets into a loss and meters. Nothing else knows what a target means."""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distrib.config import Config, ObjectiveConfig
+from distrib.registry import lookup, refuse_unknown
+from distrib.training import OBJECTIVES, meters
+from distrib.training.meters import METERS, Meter, Sums, mean
+
+
+class Objective:
+    """A loss and what is reported beside it. Override `loss`; the rest follows, and can be overridden too.
+
+    Logits are (n, classes) floats; targets are class ids, (n,) int64, or (n, classes) floats.
+    """
+
+    main = "top1"  # the meter that tells which checkpoint is best
+    while_training = ("top1",)  # the meters, beside the loss, that are cheap enough for each step
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the images of what is trained on, a scalar."""
+        raise NotImplementedError
+
+    @cached_property
+    def meters(self) -> Mapping[str, Meter]:
+        """What an evaluation reports, by name, in the order in which it is printed."""
+        return {"loss": Meter(self.loss_sum, mean, "{:.4f}", higher_is_better=False), **METERS}
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What an evaluation reports as the loss: a sum over the images."""
+        return self.loss(logits.float(), targets) * len(targets)
+
+    def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
+        """The loss, and the sums that are reported while training."""
+        loss = self.loss(logits, targets)
+        return loss, {
+            "loss": loss.detach().double() * len(targets),
+            **self.measure(logits.detach(), targets, self.while_training),
+        }
+
+    def measure(self, logits: Tensor, targets: Tensor, names: tuple[str, ...] | None = None) -> Sums:
+        """The sums of these meters, or of all; they stay on the device."""
+        classes = logits.shape[1]
+        return {
+            name: meter.sums(logits, targets)
+            for name, meter in self.meters.items()
+            if classes >= meter.least_classes and (names is None or name in names)
+        }
+
+    def score(self, values: Mapping[str, float]) -> float:
+        """How good an evaluation was, by what it reported: higher is better."""
+        return values[self.main] if self.meters[self.main].higher_is_better else -values[self.main]
+
+    @property
+    def name(self) -> str:
+        """A run goes on only with an objective of the same name."""
+        return type(self).__name__
+
+
+class CrossEntropy(Objective):
+    """Softmax cross-entropy in nats, of which a part `smoothing` of a label's weight is spread over all classes.
+
+    Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016, section 7. The reported loss is the plain
+    one, so that runs with other smoothing compare, and training with validation.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.smoothed_and_plain(logits, targets)[0]
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return meters.cross_entropy(logits, targets)
+
+    def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
+        loss, plain = self.smoothed_and_plain(logits, targets)
+        return loss, {
+            "loss": plain.detach().double() * len(targets),
+            **self.measure(logits.detach(), targets, self.while_training),
+        }
+
+    def smoothed_and_plain(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss that is trained on, and the plain one; both out of one softmax."""
+        logs = F.log_softmax(logits, dim=1)
+        plain = F.nll_loss(logs, targets) if targets.dim() == 1 else -(targets * logs).sum(1).mean()
+        return (1 - self.smoothing) * plain - self.smoothing * logs.mean() if self.smoothing else plain, plain
+
+
+def cross_entropy(config: ObjectiveConfig) -> Objective:
+    return CrossEntropy(config.label_smoothing)
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective `config.objective.name`. Raises UserError if there is none of that name."""
+    refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
+    objective: Objective = lookup(OBJECTIVES, config.objective.name)(config.objective)
+    return objective

@@ -1,0 +1,246 @@
+"""All that changes while a run goes on; how it becomes a checkpoint, and how a checkpoint becomes it again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distrib.errors import RunError, UserError
+from distrib.runtime import ranks
+from distrib.runtime.checkpoint import EMA, MODEL, NUMBERS, TRAINING, Snapshot, Torn, as_outcomes, newest, sha256
+from distrib.runtime.disk import try_again
+from distrib.training.meters import Totals
+
+OPTIMIZER, SUMS, IMAGES = "optimizer.", "sums.", "images"  # names in training.safetensors
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+# A checkpoint's numbers, with their types in JSON. One that an earlier version did not save has its default.
+NUMBER_TYPES: dict[str, type] = {
+    "step": int,
+    "evaluated_step": int,
+    "values": dict,
+    "best_step": int,
+    "best_values": dict,
+    "skipped_steps": int,
+    "nonfinite_in_a_row": int,
+    "kept_seconds": float,
+}
+
+
+@dataclass
+class TrainState:
+    """All that changes while a run goes on."""
+
+    network: nn.Module
+    optimizer: Optimizer  # as accelerate has prepared it
+    ema: nn.Module | None = None  # the moving average of the network's weights
+    totals: Totals = field(default_factory=Totals.of_none)  # of this rank's training images since the last report
+    step: int = 0
+    evaluated_step: int = 0
+    values: dict[str, float] = field(default_factory=dict)  # of the last evaluation: the average's, if there is one
+    best_step: int = 0
+    best_values: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0  # since gradients overflowed in fp16, or were not finite
+    nonfinite_in_a_row: int = 0
+    kept_seconds: float = 0.0  # of steps and evaluations that led here
+
+    @property
+    def scaler(self) -> Any:
+        """fp16's, which is on the optimizer that accelerate prepared; None otherwise."""
+        return getattr(self.optimizer, "scaler", None)
+
+    @cached_property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters, listed once: to find them in a network takes as long as a small network's step."""
+        return list(self.network.parameters())
+
+    @cached_property
+    def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each tensor of the moving average, and what it is the average of."""
+        assert self.ema is not None
+        pairs = zip(self.ema.state_dict().values(), self.network.state_dict().values(), strict=True)
+        means, values = zip(*((mean, value) for mean, value in pairs if mean.is_floating_point()), strict=True)
+        return list(means), list(values)
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the run, by the file that it is saved in and its name there."""
+        names = {id(each): name for name, each in self.network.named_parameters()}
+        memory = {
+            f"{OPTIMIZER}{names[id(weight)]}.{key}": each
+            for weight, values in self.optimizer.state.items()
+            for key, each in values.items()
+            if each is not None
+        }
+        sums = {f"{SUMS}{name}": each for name, each in self.totals.sums.items()} | {IMAGES: self.totals.images}
+        averages: dict[str, Tensor] = {} if self.ema is None else self.ema.state_dict()
+        return {MODEL: self.network.state_dict(), EMA: averages, TRAINING: memory | sums}
+
+    def numbers(self) -> dict[str, Any]:
+        """All that is no tensor."""
+        numbers = {name: getattr(self, name) for name in NUMBER_TYPES}
+        return numbers | {"scaler": self.scaler.state_dict() if self.scaler else {}}
+
+
+def snapshot(state: TrainState, earlier: Snapshot | None, score: float | None) -> Snapshot:
+    """Copy `state`, into the memory of an `earlier` snapshot if there is one. Training waits for this, and for no more.
+
+    The copies lie in memory as the originals do: to bring channels last into another order would take three times as long.
+    Those of a GPU's tensors are pinned: only so does a copy run at the speed of the bus.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in state.files().items():
+        room, files[file] = earlier.files[file] if earlier else {}, {}
+        for name, each in tensors.items():
+            copy = room[name] if name in room else torch.empty_like(each, device="cpu", pin_memory=each.is_cuda)
+            files[file][name] = copy.copy_(each, non_blocking=True)
+    if any(each.is_cuda for each in state.weights):
+        torch.cuda.synchronize()
+    return Snapshot(state.step, files, state.numbers(), score)
+
+
+def progress(numbers: dict[str, Any]) -> dict[str, Any]:
+    """What status.json says of a state's numbers."""
+    return {"step": numbers["step"], "kept_seconds": numbers["kept_seconds"], **numbers["values"]}
+
+
+def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str, Any]], None]) -> list[str]:
+    """Put the newest intact checkpoint into `state`, if there is one; returns lines for the user. Every rank must call this.
+
+    Rank 0 chooses. `refuse_another(manifest)` raises UserError if a checkpoint is of another run. Raises UserError if it is, or
+    if another rank sees something else; and RunError if it cannot be read now.
+    """
+
+    def check(folder: Path, manifest: dict[str, Any]) -> None:
+        refuse_another(manifest)
+        check_tensors(folder, state)
+        check_numbers(folder / NUMBERS, manifest["step"])
+
+    folder, manifest, lines = ranks.on_rank0(lambda: newest(run_dir, check))
+    if folder is None:
+        return lines
+    error: UserError | RunError | None = None
+    try:
+        with as_outcomes(folder):
+            if any(sha256(folder / name) != file["sha256"] for name, file in manifest["files"].items()):
+                raise Torn("a file has other content here than on rank 0")
+            put_tensors(folder, state)
+            put_numbers(folder / NUMBERS, state)
+    except Torn as why:
+        error = UserError(f"{folder} is not the same for all ranks ({why}): is run_dir shared by all machines?")
+    except (UserError, RunError) as met:
+        error = met
+    ranks.raise_on_all(error)
+    return lines
+
+
+def put_numbers(path: Path, state: TrainState) -> None:
+    """Load the numbers of a checkpoint into `state`."""
+    for name, value in read_numbers(path).items():
+        if name != "scaler":
+            setattr(state, name, value)
+        elif value:
+            state.scaler.load_state_dict(value)
+
+
+def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shape and type of each tensor in a file, of which no more than the header is read. Raises Torn."""
+
+    def read() -> dict[str, tuple[torch.Size, torch.dtype]]:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (torch.Size(each.get_shape()), TYPES[each.get_dtype()]) for name, each in slices.items()}
+
+    try:
+        return try_again(read)
+    except (SafetensorError, LookupError, ValueError) as error:
+        raise Torn(f"{path.name}: {error}") from None
+
+
+def check_tensors(folder: Path, state: TrainState) -> None:
+    """Raise UserError unless the tensors of a checkpoint are those of the network in `state` and of its optimizer."""
+    expected = {
+        file: {name: (each.shape, each.dtype) for name, each in tensors.items()} for file, tensors in state.files().items()
+    }
+    for file in (MODEL, EMA) if expected[EMA] else (MODEL,):
+        differ = tensor_differences(shapes(folder / file), expected[file])
+        if differ:
+            raise UserError(f"{folder} was saved with another network: {differ}; give another run_dir")
+    weights = dict(state.network.named_parameters())
+    for name, (shape, kind) in shapes(folder / TRAINING).items():
+        if name.startswith(OPTIMIZER):
+            weight = weights.get(name.removeprefix(OPTIMIZER).rpartition(".")[0])
+            if weight is None or kind != weight.dtype or shape not in (weight.shape, torch.Size([])):
+                raise UserError(f"{folder} was saved with another optimizer: {name} is {list(shape)}; give another run_dir")
+
+
+def tensor_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """What sets two lists of tensors apart, in words: the first few names."""
+    odd = [
+        f"{name} is {list(there[name][0])} there, {list(now[name][0])} now"
+        for name in now
+        if name in there and there[name] != now[name]
+    ]
+    odd += [f"{name} is only there" for name in there if name not in now] + [
+        f"{name} is only now" for name in now if name not in there
+    ]
+    return ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+
+
+def check_numbers(path: Path, step: int) -> None:
+    """Raise Torn unless a file has the numbers of a run, of the right types, and is of `step`; UserError if it has more."""
+    numbers = read_numbers(path)
+    if not isinstance(numbers, dict):
+        raise Torn(f"{path.name} has no numbers")
+    unknown = numbers.keys() - {*NUMBER_TYPES, "scaler"}
+    if unknown:
+        raise UserError(
+            f"{path.parent} has numbers that this version does not know ({', '.join(sorted(unknown))}): update distrib"
+        )
+    odd = [name for name, kind in NUMBER_TYPES.items() if name in numbers and type(numbers[name]) is not kind]
+    if odd or numbers.get("step") != step or not isinstance(numbers.get("scaler", {}), dict):
+        raise Torn(f"{path.name}: {odd[0] if odd else 'step'} cannot be {numbers.get(odd[0] if odd else 'step')!r}")
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads(try_again(path.read_bytes))
+    return numbers
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    return try_again(lambda: load_file(path))
+
+
+def put_tensors(folder: Path, state: TrainState) -> None:
+    """Load the tensors of a checkpoint into `state`."""
+    state.network.load_state_dict(read_tensors(folder / MODEL))
+    if state.ema is not None:
+        state.ema.load_state_dict(read_tensors(folder / EMA))
+    weights = dict(state.network.named_parameters())
+    memory: dict[nn.Parameter, dict[str, Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    found = read_tensors(folder / TRAINING)
+    for name, tensor in found.items():
+        if name.startswith(OPTIMIZER):
+            owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+            like = weights[owner]
+            # Fused optimizers go through a weight and its momentum side by side: they must lie in memory alike.
+            memory.setdefault(like, {})[key] = torch.empty_like(like).copy_(tensor) if tensor.dim() else tensor
+        elif name.startswith(SUMS):
+            sums[name.removeprefix(SUMS)] = tensor * ranks.is_rank0()  # the others' were moved to rank 0 before they were saved
+    load_memory(state.optimizer, memory)
+    state.totals = Totals(sums, found[IMAGES] * ranks.is_rank0())
+
+
+def load_memory(optimizer: Optimizer, memory: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+    """Give an optimizer what it remembered of each weight, by way of the state_dict that torch's optimizers know."""
+    numbered = [weight for group in optimizer.param_groups for weight in group["params"]]
+    values = {index: memory[weight] for index, weight in enumerate(numbered) if weight in memory}
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,217 @@
+"""The run folder: one config, one trainer."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from distrib.command_line import read_config
+from distrib.config import Config, OptimConfig
+from distrib.errors import RunError, UserError
+from distrib.runtime import disk, lock, status
+from distrib.runtime.lock import run_lock
+from distrib.runtime.run_folder import ask_for_requeue, open_run, refuse_another_config, write_config
+from distrib.runtime.status import read_status, write_status
+
+
+def begin(config: Config, *, longer: bool = False) -> None:
+    refuse_another_config(config, longer=longer)
+    with open_run(config, time.time()):
+        write_config(config)
+
+
+def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "deep" / "run"))
+    begin(config)
+    assert read_config(tmp_path / "deep" / "run" / "config.yaml") == config
+
+
+def test_a_run_folder_of_another_config_is_refused_and_left_alone(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path), seed=1))
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"another seed \(1 there, 2 now\), optim.lr \(0.1 there, 0.3 now\): give another"):
+        begin(Config(run_dir=str(tmp_path), seed=2, optim=OptimConfig(lr=0.3)))
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path)))
+    begin(Config(run_dir=str(tmp_path), log_every=1, micro_batches=4, keep=9, threads=1))
+    assert read_config(tmp_path / "config.yaml").keep == 9
+
+
+def test_more_epochs_have_to_be_asked_for_and_fewer_are_refused(tmp_path: Path) -> None:
+    begin(Config(run_dir=str(tmp_path), epochs=5.0))
+    with pytest.raises(UserError, match=r"epochs \(5.0 there, 9.0 now\).*give epochs=N with a larger N"):
+        begin(Config(run_dir=str(tmp_path), epochs=9.0))
+    begin(Config(run_dir=str(tmp_path), epochs=9.0), longer=True)
+    with pytest.raises(UserError, match=r"epochs \(9.0 there, 5.0 now\)"):
+        begin(Config(run_dir=str(tmp_path), epochs=5.0), longer=True)
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory; give another run_dir"):
+        begin(Config(run_dir=str(tmp_path / "file" / "run")))
+
+
+HOLD = """
+import time
+from pathlib import Path
+from distrib.runtime.lock import run_lock
+with run_lock(Path({!r}), 0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> "subprocess.Popen[str]":
+    """Another process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD.format(str(tmp_path))], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
+    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    words = rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"
+    with pytest.raises(UserError, match=words), run_lock(tmp_path, 0):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with run_lock(tmp_path, 0):
+        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+
+
+SURVIVE = """
+import sys
+from pathlib import Path
+from distrib.runtime.lock import run_lock
+from distrib.runtime.run_folder import without_others
+run_dir, rank = Path({!r}), int(sys.argv[1])
+with run_lock(run_dir, rank) as lock:
+    print("held", flush=True)
+    sys.stdin.readline()
+    error = without_others(run_dir, lock, rank, RuntimeError("Connection closed by peer"))
+    print(error.speaker, error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("dead", "speaker"), [(0, 1), (1, 0)])
+def test_all_ranks_that_are_left_see_which_one_is_gone_and_one_of_them_speaks(tmp_path: Path, dead: int, speaker: int) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SURVIVE.format(str(tmp_path)), str(rank)],
+            cwd=ROOT,
+            env=os.environ | {"WORLD_SIZE": "3"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    assert [each.stdout.readline() for each in ranks if each.stdout] == 3 * ["held\n"]
+    ranks[dead].kill()
+    ranks[dead].communicate()
+    left = [each for each in reversed(ranks) if each is not ranks[dead]]
+    for each in left:
+        assert each.stdin is not None
+        print(file=each.stdin, flush=True)
+    told = [each.communicate()[0] for each in left]
+    assert all(each.startswith(f"{speaker} rank {dead} is gone, so that the others leave too") for each in told), told
+    assert read_status(tmp_path).items() >= {"state": "failed", "cause": f"rank {dead} is gone", "rank": dead}.items()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockf(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=r"cannot be written: No locks available; give another run_dir"):
+        begin(Config(run_dir=str(tmp_path)))
+
+
+def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+    began = time.monotonic()
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
+    with run_lock(tmp_path, 0):
+        assert time.monotonic() - began > 0.4
+    killer.wait()
+    holder.wait()
+
+
+def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    with open_run(config, time.time()):
+        time.sleep(0.2)
+        write_status(tmp_path, "running", step=3, kept_seconds=0.1)
+        found = read_status(tmp_path)
+        assert found.items() >= {"state": "running", "step": 3, "attempts": 1}.items()
+        assert found["goodput"] == pytest.approx(0.1 / found["seconds"], abs=1e-3)
+    with pytest.raises(ZeroDivisionError), open_run(config, time.time()):
+        1 / 0  # noqa: B018
+    write_status(tmp_path, step=4)  # by a save that was under way
+    failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2, "step": 4}
+    assert read_status(tmp_path).items() >= failed.items()
+    refuse_another_config(config)
+
+
+def test_the_time_of_a_killed_attempt_counts_up_to_its_last_sign_of_life(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    begin(config)
+    disk.write_atomically(tmp_path / "status.json", '{"seconds": 7.5}')
+    os.utime(tmp_path / "status.json", (1000, 1000))
+    os.utime(tmp_path / "lock", (1002.5, 1002.5))
+    assert status.up_seconds(tmp_path) == 10
+
+
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_run(Config(run_dir=str(tmp_path)), time.time()):
+        monkeypatch.setattr(status, "write_atomically", full)
+        write_status(tmp_path, "running", step=3)
+
+
+def test_a_run_that_a_signal_stopped_asks_for_its_requeue_where_there_is_a_file_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for_requeue("SIGUSR1")
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
+    for person in ("the file STOP", "SIGINT"):
+        ask_for_requeue(person)
+    assert not (tmp_path / "requeue").exists()
+    ask_for_requeue("SIGUSR1")
+    assert (tmp_path / "requeue").exists()
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "not there" / "requeue"))
+    with pytest.raises(RunError, match=r"requeue cannot be made: No such file or directory"):
+        ask_for_requeue("SIGUSR1")
+
+
+def test_a_run_that_began_before_a_key_was_there_goes_on_with_its_default(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    begin(config)
+    written = (tmp_path / "config.yaml").read_text()
+    assert "  clip_norm: 0.0\n" in written
+    (tmp_path / "config.yaml").write_text(written.replace("  clip_norm: 0.0\n", ""))
+    begin(config)
+    with pytest.raises(UserError, match=r"another optim.clip_norm \(0.0 there, 1.0 now\)"):
+        begin(Config(run_dir=str(tmp_path), optim=OptimConfig(clip_norm=1.0)))
+
+
+def test_the_time_before_a_run_folder_is_opened_counts(tmp_path: Path) -> None:
+    with open_run(Config(run_dir=str(tmp_path)), time.time() - 100):
+        assert 100 <= read_status(tmp_path)["seconds"] < 200

@@ -1,0 +1,155 @@
+"""Weights to start from: of a run, from files, and as torchvision publishes them."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, signed_again
+from safetensors.torch import load_file, save_file
+from torchvision import models
+from torchvision.models import WeightsEnum
+
+from distrib import train
+from distrib.command_line import load_config
+from distrib.config import ModelConfig
+from distrib.errors import UserError
+from distrib.models.build import build_model
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path, suffix: str) -> None:
+    trained = models.resnet18(num_classes=5)
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(trained.state_dict(), path)
+    model = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=7)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+    assert torch.equal(model.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
+    assert model.fc.out_features == 7
+    same = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5)
+    assert torch.equal(same.fc.weight, trained.fc.weight)
+    grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7)
+    assert torch.equal(grey.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("densenet121", 64), ("googlenet", 64)])
+def test_weights_are_loaded_as_torchvision_published_them_years_ago(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
+    trained = models.get_model(name, weights=None, **options).eval()
+    published = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): each
+        for key, each in trained.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **options: published)
+    model = build_model(ModelConfig(name=name, weights="DEFAULT"), (3, size, size), classes=1000).eval()
+    if name == "resnet18":
+        model.conv1, model.maxpool = trained.conv1, trained.maxpool  # that of small images is another
+    if name == "googlenet":
+        trained.transform_input = True
+    assert getattr(model, "transform_input", False) == (name == "googlenet")
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(model(images), trained(images), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(name: str, weights: str) -> str:
+        with pytest.raises(UserError) as error:
+            build_model(ModelConfig(name=name, weights=weights), (3, 64, 64), classes=10)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert told("resnet18", str(tmp_path / "gone.pth")).startswith(f"model.weights {tmp_path}/gone.pth cannot be read: ")
+    (tmp_path / "torn.safetensors").write_bytes(b"x")
+    assert "cannot be read" in told("resnet18", str(tmp_path / "torn.safetensors"))
+    torch.save({"a": print}, tmp_path / "hostile.pth")
+    assert "cannot be read" in told("resnet18", str(tmp_path / "hostile.pth"))
+    (tmp_path / "text.pth").write_text("hello\n")
+    assert "cannot be read" in told("resnet18", str(tmp_path / "text.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert told("resnet18", str(tmp_path / "list.pth")).endswith("list.pth has a list, and not a network's state_dict()")
+    torch.save(models.resnet18().state_dict() | {"bn1.weight": "lost"}, tmp_path / "odd.pth")
+    assert "odd.pth do not fit resnet18: 1 tensors, such as bn1.weight" in told("resnet18", str(tmp_path / "odd.pth"))
+    torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
+    assert "other.pth do not fit resnet50: " in told("resnet50", str(tmp_path / "other.pth"))
+    assert "resnet18 has no weights 'IMAGENET1K_V9': use a file, or IMAGENET1K_V1" in told("resnet18", "IMAGENET1K_V9")
+    assert "cannot be read" in told("cnn", "DEFAULT")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert "model.weights DEFAULT cannot be read" in told("resnet18", "DEFAULT")
+
+
+def trained(run_dir: Path, *keys: str) -> tuple[ModelConfig, list[Path]]:
+    """The model of a small run of two checkpoints, and these, of which the older one is the best."""
+    config = load_config([*SMALL, f"run_dir={run_dir}", "threads=1", *keys])
+    train(config)
+    older, newer = sorted((run_dir / "checkpoints").iterdir())
+    for folder, score in ((older, 99.0), (newer, 50.0)):
+        assert json.loads((folder / "manifest.json").read_text())["score"] is not None
+        signed_again(folder, score=score)
+    return config.model, [older, newer]
+
+
+def assert_loaded(config: ModelConfig, weights: Path, file: Path) -> None:
+    """Every tensor is as in the file, but for the filters of a layer that is fitted to the data in each run."""
+    torch.manual_seed(1)  # other initial weights than the run had
+    got, expected = build_model(replace(config, weights=str(weights)), (1, 8, 8), classes=10).state_dict(), load_file(file)
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not name.startswith("whitening.") and not torch.equal(got[name], expected[name])] == []
+    assert [name for name in got if name.startswith("whitening.")] == ["whitening.convolution.weight"] * bool(config.whiten)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["model.name=cnn"],
+        ["model.name=airbench", "model.whiten=1"],
+        ["model.name=airbench", "model.norm=group"],
+        ["model.name=cnn", "model.whiten=1", "model.norm=group"],
+    ],
+)
+def test_a_run_or_a_checkpoint_of_it_gives_its_weights_exactly(tmp_path: Path, keys: list[str]) -> None:
+    config, (older, newer) = trained(tmp_path / "run", *keys, "optim.ema_decay=0.9")
+    for folder in (older, newer):
+        average, last = (load_file(folder / name) for name in ("ema.safetensors", "model.safetensors"))
+        assert not all(torch.equal(average[name], last[name]) for name in last)
+        assert_loaded(config, folder, folder / "ema.safetensors")
+        assert_loaded(config, folder / "model.safetensors", folder / "model.safetensors")
+    assert_loaded(config, tmp_path / "run", older / "ema.safetensors")
+    for folder in (older, newer):
+        (folder / "ema.safetensors").unlink()
+        signed_again(folder)
+        assert_loaded(config, folder, folder / "model.safetensors")
+    assert_loaded(config, tmp_path / "run", older / "model.safetensors")
+
+
+def test_a_run_whose_checkpoints_were_never_evaluated_gives_its_newest_weights(tmp_path: Path) -> None:
+    config, (older, newer) = trained(tmp_path / "run")
+    for folder in (older, newer):
+        signed_again(folder, score=None)
+    assert_loaded(config, tmp_path / "run", newer / "model.safetensors")
+
+
+def test_the_weights_of_a_run_start_another_one_on_other_classes(tmp_path: Path) -> None:
+    config, (older, _) = trained(tmp_path / "run", "model.whiten=1")
+    expected = load_file(older / "model.safetensors")
+    got = build_model(replace(config, weights=str(tmp_path / "run")), (1, 8, 8), classes=7).state_dict()
+    ends = ("whitening.", "network.head.")
+    assert [name for name in got if not name.startswith(ends) and not torch.equal(got[name], expected[name])] == []
+    assert got["network.head.weight"].shape == (7, 32)
+
+
+def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/empty has no checkpoints: name a run folder, or a checkpoint in one"):
+        build_model(ModelConfig(weights=str(tmp_path / "empty")), (1, 8, 8), classes=10)
+    config, (older, _) = trained(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"^model.weights {tmp_path}/run do not fit cnn: \d+ tensors, such as "):
+        build_model(replace(config, width=16, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
+    (older / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"^model.weights {tmp_path}/run cannot be read: [^\n]+$"):
+        build_model(replace(config, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
