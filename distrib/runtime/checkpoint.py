@@ -36,6 +36,10 @@ FORMAT = 2
 SMALL = 1 << 24  # bytes: no JSON of ours is larger
 
 
+class Format1(UserError):  # noqa: N818
+    """A checkpoint of an earlier version, which training can write anew."""
+
+
 class Torn(Exception):  # noqa: N818
     """A checkpoint is not as it was written, or never was one; and why."""
 
@@ -160,9 +164,9 @@ def best_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def latest_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of the newest checkpoint that has one; nothing is changed, and the other files are not read."""
+    """The manifest of the newest checkpoint that has one of today's; nothing is changed, and the other files are not read."""
     for folder in reversed(checkpoints(run_dir)):
-        with suppress(Torn):
+        with suppress(Torn, Format1):
             return read_manifest(folder)
     return {}
 
@@ -216,11 +220,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise Torn(f"{MANIFEST} is not as it was written")
         if folder.name != f"step_{manifest['step']:08d}":
             raise Torn(f"{MANIFEST} is of step {manifest['step']}")
+        if manifest["format"] == 1:
+            raise Format1(f"{folder} is of an earlier version: start its run again, which writes it anew")
         if manifest["format"] != FORMAT:
-            raise UserError(
-                f"{folder} has format {manifest['format']}, and this version of distrib reads format {FORMAT}: "
-                "go on with the version that wrote it, or give another run_dir"
-            )
+            raise UserError(f"{folder} has format {manifest['format']}, and this version reads format {FORMAT}: update distrib")
     return manifest
 
 
