@@ -9,6 +9,7 @@ from distrib.command_line import help_of_keys, load_config, to_yaml
 from distrib.config import Config, refuse_uneven
 from distrib.data import SOURCES
 from distrib.errors import UserError
+from distrib.models import refuse_unknown_network
 from distrib.registry import refuse_unknown
 from distrib.runtime import exits, signals
 from distrib.runtime.environment import launched_world
@@ -52,6 +53,7 @@ def train(args: Sequence[str]) -> int:
 def refuse_mistakes(config: Config) -> None:
     """Raise UserError for what can be seen to be wrong without torch."""
     refuse_unknown(SOURCES, config.data.name, "data.name", "data set")
+    refuse_unknown_network(config.model.name)
     refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
     refuse_uneven(config.batch_size, launched_world())
 

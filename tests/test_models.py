@@ -7,6 +7,7 @@ from torchvision import models
 
 from distrib.config import ModelConfig
 from distrib.errors import UserError
+from distrib.models import torchvision_names
 from distrib.models.build import build_model
 from distrib.models.cnn import CNN
 from distrib.models.layers import fit_whitening
@@ -39,7 +40,8 @@ def test_torchvisions_networks_take_the_channels_and_classes_of_the_data(name: s
 
 
 def test_every_classification_network_of_torchvision_is_offered() -> None:
-    assert len(models.list_models(module=models)) > 70
+    assert torchvision_names() == sorted(models.list_models(module=models))
+    assert len(torchvision_names()) > 70
     with pytest.raises(UserError, match=r"no model 'resnet19': use cnn or airbench, or one of torchvision's: .*resnet18"):
         build_model(ModelConfig(name="resnet19"), SHAPE, classes=10)
 

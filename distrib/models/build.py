@@ -10,7 +10,7 @@ from torchvision import models
 
 from distrib.config import ModelConfig
 from distrib.errors import UserError
-from distrib.models import NETWORKS
+from distrib.models import NETWORKS, refuse_unknown_network
 from distrib.models.layers import Shape, Whitening, with_group_norm
 from distrib.models.weights import from_published, load_pretrained
 from distrib.registry import lookup
@@ -52,9 +52,7 @@ def build_model(
 
 
 def of_torchvision(name: str, classes: int) -> nn.Module:
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision's: {', '.join(known)}")
+    refuse_unknown_network(name)
     # These two have extra outputs while they train, which no other network has.
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
