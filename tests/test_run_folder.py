@@ -212,6 +212,16 @@ def test_a_run_that_began_before_a_key_was_there_goes_on_with_its_default(tmp_pa
         begin(Config(run_dir=str(tmp_path), optim=OptimConfig(clip_norm=1.0)))
 
 
+def test_the_time_between_two_attempts_does_not_count(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path))
+    begin(config)
+    disk.write_atomically(tmp_path / "status.json", '{"seconds": 7.5}')
+    for name, ago in (("status.json", 1000), ("lock", 990)):
+        os.utime(tmp_path / name, (time.time() - ago, time.time() - ago))
+    with open_run(config, time.time() - 2):
+        assert 19.5 <= read_status(tmp_path)["seconds"] < 100
+
+
 def test_the_time_before_a_run_folder_is_opened_counts(tmp_path: Path) -> None:
     with open_run(Config(run_dir=str(tmp_path)), time.time() - 100):
         assert 100 <= read_status(tmp_path)["seconds"] < 200

@@ -14,7 +14,7 @@ from distrib.runtime import ranks
 from distrib.runtime.disk import write_atomically
 from distrib.runtime.environment import launched_rank, launched_world
 from distrib.runtime.lock import run_lock, try_lock
-from distrib.runtime.status import begin_status, read_status, write_status
+from distrib.runtime.status import begin_status, read_status, up_seconds, write_status
 from distrib.runtime.stop_vote import StopVote
 
 LINGER = 1.0  # seconds in which ranks that lost one see which it was, before they leave too
@@ -49,9 +49,10 @@ def start_attempt(run_dir: Path, rank: int, began: float) -> Iterator[IO[str]]:
         try:
             if rank == 0:
                 run_dir.mkdir(parents=True, exist_ok=True)
+                seconds = up_seconds(run_dir) + time.time() - began  # before the lock shows signs of life
             lock = stack.enter_context(run_lock(run_dir, rank))
             if rank == 0:
-                begin_status(run_dir, began)
+                begin_status(run_dir, seconds)
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
         yield lock

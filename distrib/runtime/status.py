@@ -35,9 +35,9 @@ def write_status(run_dir: Path, state: str = "", **facts: Any) -> None:
         write_atomically(path, json.dumps(status, indent=2) + "\n")
 
 
-def begin_status(run_dir: Path, began: float) -> None:
-    """Note that an attempt runs, which began at `began`. Raises OSError."""
-    known, seconds = read_status(run_dir), up_seconds(run_dir) + time.time() - began
+def begin_status(run_dir: Path, seconds: float) -> None:
+    """Note that another attempt runs, of a run that was up for so many seconds. Raises OSError."""
+    known = read_status(run_dir)
     status = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
     remembered = {name: known[name] for name in ("micro_batches",) if name in known}
     write_atomically(run_dir / FILE, json.dumps(status | remembered))
