@@ -39,11 +39,11 @@ class Cluster:
         """JobState, Reason, Restarts, ExitCode and so on."""
         return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "--oneliner", "show", "job", job)))
 
-    def wait(self, job: str, state: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, job: str, state: str, timeout: float = 600) -> dict[str, str]:
         """Wait until a job is in a state, and fail as soon as it has ended in another one."""
         give_up = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] != state:
-            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), (
+            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "REQUEUED"), (
                 found,
                 Path(found["StdOut"]).read_text(),
             )
