@@ -10,10 +10,15 @@ from distrib.errors import UserError
 
 def refuse_unknown(registry: Mapping[str, str], name: str, key: str, what: str) -> None:
     """Raise UserError if `name`, the value of `key`, is in no registry."""
-    if name.startswith(OWN):
-        raise UserError(f"{key} {name} was handed to train() by a program: start that program again")
+    refuse_handed(name, key)
     if name not in registry:
         raise UserError(f"there is no {what} {name!r}: use one of {', '.join(registry)}")
+
+
+def refuse_handed(name: str, key: str) -> None:
+    """Raise UserError if `name`, the value of `key`, is that of an object, which no name can bring back."""
+    if name.startswith(OWN):
+        raise UserError(f"{key} {name} was handed to train() by a program: start that program again")
 
 
 def lookup(registry: Mapping[str, str], name: str) -> Any:

@@ -4,8 +4,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from distrib.config import OWN
 from distrib.errors import UserError
+from distrib.registry import refuse_handed
 
 NETWORKS = {  # name: the class, as module:class
     "cnn": "distrib.models.cnn:CNN",
@@ -23,8 +23,7 @@ def torchvision_names() -> list[str]:
 
 def refuse_unknown_network(name: str) -> None:
     """Raise UserError if there is no network of this name."""
-    if name.startswith(OWN):
-        raise UserError(f"model.name {name} was handed to train() by a program: start that program again")
-    known = torchvision_names()
+    refuse_handed(name, "model.name")
+    known = [] if name in NETWORKS else torchvision_names()
     if name not in NETWORKS and name not in known:
         raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision's: {', '.join(known)}")

@@ -35,10 +35,11 @@ def upgrade(run_dir: Path, state: TrainState, about: Mapping[str, Any]) -> list[
     A kill at any point leaves the old one or the new one under its name, or lets the next attempt find the old one.
     """
     room, lines = run_dir / "upgrade", list[str]()
+    if room.exists():  # a kill left it; else, an old one whose new one is gone was pruned
+        for old in (run_dir / "checkpoints").glob(f"step_*{OLD}"):
+            if not old.with_suffix("").exists():
+                os.rename(old, old.with_suffix(""))
     shutil.rmtree(room, ignore_errors=True)
-    for old in (run_dir / "checkpoints").glob(f"step_*{OLD}"):
-        if not old.with_suffix("").exists():
-            os.rename(old, old.with_suffix(""))
     for folder in checkpoints(run_dir):
         if not (folder / TENSORS).exists():
             continue

@@ -36,11 +36,16 @@ class Objective:
 
     def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
         """The loss, and the sums that are reported while training."""
-        loss = self.loss(logits, targets)
+        loss, reported = self.losses(logits, targets)
         return loss, {
-            "loss": loss.detach().double() * len(targets),
+            "loss": reported.detach().double() * len(targets),
             **self.measure(logits.detach(), targets, self.while_training),
         }
+
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss that is trained on, and the one that is reported."""
+        loss = self.loss(logits, targets)
+        return loss, loss
 
     def measure(self, logits: Tensor, targets: Tensor, names: tuple[str, ...] | None = None) -> Sums:
         """The sums of these meters, or of all; they stay on the device."""
@@ -72,20 +77,13 @@ class CrossEntropy(Objective):
         self.smoothing = smoothing
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.smoothed_and_plain(logits, targets)[0]
+        return self.losses(logits, targets)[0]
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         return meters.cross_entropy(logits, targets)
 
-    def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
-        loss, plain = self.smoothed_and_plain(logits, targets)
-        return loss, {
-            "loss": plain.detach().double() * len(targets),
-            **self.measure(logits.detach(), targets, self.while_training),
-        }
-
-    def smoothed_and_plain(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss that is trained on, and the plain one; both out of one softmax."""
+    def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The smoothed loss, and the plain one; both out of one softmax."""
         logs = F.log_softmax(logits, dim=1)
         plain = F.nll_loss(logs, targets) if targets.dim() == 1 else -(targets * logs).sum(1).mean()
         return (1 - self.smoothing) * plain - self.smoothing * logs.mean() if self.smoothing else plain, plain
