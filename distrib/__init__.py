@@ -1,4 +1,4 @@
-"""Train image classifiers on any number of ranks. Public names are imported when they are used: torch takes seconds."""
+"""Train image classifiers on any number of ranks. A public name is imported on first use, since torch takes seconds."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""python -m distrib, and accelerate launch -m distrib: what the command `distrib` is."""
+"""python -m distrib and accelerate launch -m distrib: the same as the command `distrib`."""
 
 from distrib.cli import run
 

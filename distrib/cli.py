@@ -1,4 +1,4 @@
-"""The command `distrib`: what is asked for, and the exit code. Mistakes are answered before torch is imported."""
+"""The command `distrib`. It reports mistakes in the command line before it imports torch."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ from distrib.runtime import exits, signals
 from distrib.runtime.environment import launched_world
 from distrib.training import OBJECTIVES
 
-BEGAN = time.time()  # of this process, nearly: the imports that take long come after
+BEGAN = time.time()  # about when this process started: the slow imports come later
 
 USAGE = """\
 usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
@@ -36,10 +36,10 @@ usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
 
 
 def train(args: Sequence[str]) -> int:
-    """Train, from the newest checkpoint if there is one."""
+    """Train a run, from its newest checkpoint if it has one."""
     if "--help" in args:
         return exits.print_once(TRAIN_USAGE + help_of_keys())
-    signals.listen()  # before all that takes long, so that no signal is missed
+    signals.listen()  # before anything slow, so that no signal is missed
     config = load_config([arg for arg in args if arg != "--print-config"])
     refuse_mistakes(config)
     if "--print-config" in args:
@@ -51,7 +51,7 @@ def train(args: Sequence[str]) -> int:
 
 
 def refuse_mistakes(config: Config) -> None:
-    """Raise UserError for what can be seen to be wrong without torch."""
+    """Raise UserError for mistakes that can be found without torch."""
     refuse_unknown(SOURCES, config.data.name, "data.name", "data set")
     refuse_unknown_network(config.model.name)
     refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
@@ -64,10 +64,10 @@ def runs(args: Sequence[str]) -> int:
 
     if "--help" in args:
         return exits.print_once(
-            "usage: distrib runs [FOLDER]\n\nEach run in a folder, by default runs/: how it fares, and how good it is."
+            "usage: distrib runs [FOLDER]\n\nLists the runs in FOLDER (default: runs): state, step, last evaluation, time."
         )
     if len(args) > 1:
-        raise UserError(f"what is {args[1]!r}? Give one folder")
+        raise UserError(f"unexpected argument {args[1]!r}: give one folder")
     return exits.print_once(table(args[0] if args else "runs"))
 
 
@@ -86,7 +86,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "runs": r
 
 
 def main(args: Sequence[str]) -> int:
-    """Do what a command line says. Returns 0 if it was done or stopped, 1 if it failed, 2 for a mistake in it."""
+    """Run a command. Returns 0 if it completed or was stopped, 1 if it failed, 2 if the user made a mistake."""
     try:
         if not args or args[0] in ("--help", "-h", "help"):
             return exits.print_once(USAGE)
@@ -98,5 +98,5 @@ def main(args: Sequence[str]) -> int:
 
 
 def run(*command: str) -> NoReturn:
-    """Do what this process's command line says, and end the process; `command` comes before its arguments."""
+    """Run the command `command`, with the arguments of this process, and exit."""
     exits.leave(main([*command, *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""A config out of text: defaults, then a YAML file, then key=value pairs, the last one wins. Every value is what was typed."""
+"""A config from text: defaults, then a YAML file, then key=value pairs; the last one wins. Values are taken as typed."""
 
 import os
 import shutil
@@ -30,23 +30,23 @@ KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true o
 
 
 class PlainLoader(yaml.BaseLoader):
-    """Leaves each value the text that was typed: YAML 1.1 would read 2024_06_15 as a number and `no` as False."""
+    """Keeps each value as the text that was typed: YAML 1.1 reads 2024_06_15 as a number and `no` as False."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             names = [self.construct_object(each) for each, _ in node.value]
-            raise UserError(f"it has the key {next(each for each in names if names.count(each) > 1)} twice")
+            raise UserError(f"the key {next(each for each in names if names.count(each) > 1)} is there twice")
         return mapping
 
 
 def load_config(args: Sequence[str]) -> Config:
-    """The config that a command line asks for: `[CONFIG.yaml] [key=value ...]`. Raises UserError."""
+    """The config of a command line: `[CONFIG.yaml] [key=value ...]`. Raises UserError."""
     pairs = [arg for arg in args if is_pair(arg)]
     files = [arg for arg in args if arg not in pairs]
     odd = [arg for arg in args if arg.startswith("-")] or files[1:]
     if odd:
-        raise UserError(f"what is {odd[0]!r}? Give at most one CONFIG.yaml, then key=value pairs; --help lists the keys")
+        raise UserError(f"unexpected argument {odd[0]!r}: give one CONFIG.yaml at most, then key=value pairs; see --help")
     config = Config(run_dir=f"runs/{Path(files[0]).stem}" if files else "runs/digits")
     given = read_yaml(Path(files[0])) if files else {}
     config = with_values(config, given, f"{files[0]}: " if files else "")
@@ -57,7 +57,7 @@ def load_config(args: Sequence[str]) -> Config:
 
 
 def is_pair(arg: str) -> bool:
-    """Whether an argument is key=value, and not the path of a file that has an = in it."""
+    """Whether an argument is key=value, and not the path of a file with = in its name."""
     name, equals, _ = arg.partition("=")
     if not equals or arg.startswith("-"):
         return False
@@ -65,30 +65,30 @@ def is_pair(arg: str) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """The config in a file of ours, whatever version wrote it: a key that it lacks has its default. Raises UserError."""
+    """The config in a run's config.yaml, of any version: a key that it lacks has its default. Raises UserError."""
     values = {RENAMED.get(name, name): value for name, value in read_yaml(path).items()}
     return with_values(Config(run_dir=f"runs/{path.stem}"), values, f"{path}: ")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The values in a file, as text, under dotted names. Raises UserError."""
+    """The values of a YAML file, as text, under dotted names. Raises UserError."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path} (looked in {Path.cwd()})") from None
+        raise UserError(f"config file {path} does not exist (current folder: {Path.cwd()})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no YAML file that can be read: {one_line(error)}") from None
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     if tree is None or tree == "":
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is no config: write it as 'key: value' lines")
+        raise UserError(f"{path} is not a config: write 'key: value' lines")
     return dict(dotted(tree))
 
 
 def dotted(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Sections as dotted names."""
+    """Nested sections as dotted names."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{section}{name}.")
@@ -97,7 +97,7 @@ def dotted(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, An
 
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
-    """`config` with other values, given as text or as what they are. Raises UserError, which begins with `where`."""
+    """`config` with other values, as text or as Python objects. Raises UserError, whose message starts with `where`."""
     merged = OmegaConf.structured(config)
     for name, value in values.items():
         if name not in KEYS:
@@ -121,7 +121,7 @@ def nested_value(name: str, value: Any) -> dict[str, Any]:
 
 
 def typed(key: Key, value: Any) -> Any:
-    """A value that may be a number among words, as a number; a path with its ~ replaced. OmegaConf does the rest."""
+    """A number, where a key takes numbers or words; a path without ~; else the text, which OmegaConf converts."""
     if not isinstance(value, str):
         return value
     if get_args(key.type) and value.isdecimal():
@@ -130,23 +130,23 @@ def typed(key: Key, value: Any) -> Any:
 
 
 def hint(unknown: str) -> str:
-    """What somebody may have meant who typed a key that there is not."""
+    """A suggestion for a user who typed an unknown key."""
     if unknown in RENAMED:
-        return f"it is {RENAMED[unknown]} now"
+        return f"it was renamed to {RENAMED[unknown]}"
     if unknown in SECTIONS:
-        return f"it is a section, whose keys are {', '.join(name for name in KEYS if name.startswith(unknown + '.'))}"
+        return f"it is a section, with the keys {', '.join(name for name in KEYS if name.startswith(unknown + '.'))}"
     same_leaf = [name for name in KEYS if name.rpartition(".")[2] == unknown.rpartition(".")[2]]
     near = same_leaf or get_close_matches(unknown, KEYS, n=1)
     return f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
 
 
 def to_yaml(config: Config) -> str:
-    """A config as a file: the keys that apply."""
+    """A config as YAML: the keys that apply."""
     return OmegaConf.to_yaml(OmegaConf.create(nested(values_that_apply(config))))
 
 
 def help_of_keys() -> str:
-    """Every key, by section: its meaning, its default, and its range or choices."""
+    """The text of --help: every key, by section, with its meaning, default, and range or choices."""
     width = max(40, min(shutil.get_terminal_size((WIDTH, 24)).columns, 100))
     lines, section = list[str](), None
     for name, key in KEYS.items():

@@ -1,4 +1,4 @@
-"""Every key of a run: its default, range, unit and meaning, and when it applies. Imports no torch: typos get a quick answer."""
+"""Every key of a config: default, range, unit, meaning, and when it applies. Imports no torch: typos are reported at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -9,14 +9,14 @@ from distrib.errors import UserError
 T = TypeVar("T")
 
 AUTO = "auto"
-OWN = "own:"  # begins the name of an object that was handed to train() in place of a name
+OWN = "own:"  # prefix of the name of an object that was passed to train()
 
 IN_MEMORY = "data.name=digits|mnist|fashion_mnist|cifar10|cifar100|own"
 FROM_DISK = "data.name=mnist|fashion_mnist|cifar10|cifar100|folder"
 IMAGE_FILES = "data.name=folder|own"
 OWN_NETWORKS = "model.name=cnn|airbench"
 
-# Keys that had another name in the first format of run folders.
+# Keys that had another name in run folders of format 1.
 RENAMED = {
     "data.shift": "data.translate",
     "data.erase": "data.cutout",
@@ -29,15 +29,15 @@ RENAMED = {
 def key(default: T, meaning: str, within: str = "", *, free: bool = False, only: str = "", path: bool = False) -> T:
     """A key of the config.
 
-    `within` is an interval such as "[0, 1)". A `free` key does not change what is learned, so a run that has begun may go
-    on with another value. `only` is the condition under which the key applies, such as "data.name=folder|own", where own is
-    an object that was handed to train(). A `path` may begin with ~.
+    `within` is an interval such as "[0, 1)". A `free` key does not change what is learned: a run may resume with another value.
+    `only` is the condition under which the key applies, such as "data.name=folder|own", where own stands for an object that was
+    passed to train(). A `path` may start with ~.
     """
     return field(default=default, metadata={"meaning": meaning, "within": within, "free": free, "only": only, "path": path})
 
 
 class Checked:
-    """Refuses values that are not `within` the interval of their key."""
+    """Raises UserError if a value is outside the interval of its key."""
 
     def __post_init__(self) -> None:
         for each in fields(cast(Any, self)):
@@ -55,39 +55,43 @@ def lies_within(value: float, interval: str) -> bool:
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    name: str = key("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, or folder: train/CLASS/* and val/CLASS/*")
+    name: str = key("digits", "data set: digits, mnist, fashion_mnist, cifar10, cifar100, or folder (image files)")
     root: str = key(
         "data",
-        "where data sets are or are downloaded to; of folder: holds train/ and val/",
+        "folder of the data sets, where missing ones are downloaded to; for data.name=folder: the parent of train/ and val/",
         free=True,
         only=FROM_DISK,
         path=True,
     )
     workers: int = key(
-        2, "processes per rank that read image files, so many for train and for val", "[0, inf)", free=True, only=IMAGE_FILES
+        2,
+        "processes per rank that read image files, for training and again for validation",
+        "[0, inf)",
+        free=True,
+        only=IMAGE_FILES,
     )
     resident: Literal["auto", "device", "host"] = key(
-        "auto", "where images in memory are kept; auto: on the device, if that takes a quarter of its free memory at most",
+        "auto", "where images in memory are kept; auto: on the device if they fit in a quarter of its free memory",
         free=True, only=IN_MEMORY,
     )  # fmt: skip
-    size: int = key(224, "pixels: height and width that images are resized to", "[1, inf)", only="data.name=folder")
-    crop_area: float = key(0.25, "least part of a training image's area that its random crop shows", "(0, 1]", only=IMAGE_FILES)
-    translate: int = key(1, "pixels: training images move by up to so many, up or down and left or right", "[0, inf)")
+    size: int = key(224, "height and width of resized images, in pixels", "[1, inf)", only="data.name=folder")
+    crop_area: float = key(0.25, "smallest fraction of an image that a random training crop shows", "(0, 1]", only=IMAGE_FILES)
+    translate: int = key(1, "largest random shift of a training image, in pixels, vertically and horizontally", "[0, inf)")
     flip: Literal["none", "random", "alternating"] = key(
-        "none", "mirror half of the training images: random ones, or in turn, so that two epochs show both sides of each"
+        "none", "mirror half of the training images in each epoch; alternating: each image in every second epoch"
     )
-    cutout: int = key(0, "pixels: side of a square that gets the mean color in each training image (Cutout)", "[0, inf)")
+    cutout: int = key(0, "side of the square that is blanked with the mean color (Cutout), in pixels; 0: none", "[0, inf)")
 
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    name: str = key("cnn", "cnn, airbench, or a classification model of torchvision: resnet18, resnet50, convnext_tiny, ...")
-    norm: Literal["batch", "group"] = key("batch", "batch, or group: without statistics of the batch, hence of the ranks")
-    width: int = key(64, "channels of the first block; the next ones have 2 and 4 times as many", "[1, inf)", only=OWN_NETWORKS)
-    dropout: float = key(0.0, "part of the features that is dropped before the last layer", "[0, 1)", only=OWN_NETWORKS)
-    whiten: int = key(0, "pixels: side of the patches that a fixed first layer decorrelates; 0: no such layer", "[0, 7]")
+    name: str = key("cnn", "cnn, airbench, or a classification network of torchvision: resnet18, resnet50, convnext_tiny, ...")
+    norm: Literal["batch", "group"] = key("batch", "normalization; group: results do not depend on the number of ranks")
+    width: int = key(64, "channels of the first block; the next two have 2 and 4 times as many", "[1, inf)", only=OWN_NETWORKS)
+    dropout: float = key(0.0, "fraction of the features that is dropped before the last layer", "[0, 1)", only=OWN_NETWORKS)
+    whiten: int = key(0, "side of the patches that a fixed first layer whitens, in pixels; 0: no such layer", "[0, 7]")
     weights: str = key(
-        "", "weights to start from: a name of torchvision's (DEFAULT), a .safetensors or .pth file, or a run folder", path=True
+        "", "weights to start from: a name in torchvision (DEFAULT), a .safetensors or .pth file, or a run folder", path=True
     )
 
 
@@ -95,63 +99,65 @@ class ModelConfig(Checked):
 class ObjectiveConfig(Checked):
     name: str = key("cross_entropy", "the loss: cross_entropy")
     label_smoothing: float = key(
-        0.1, "part of a label's weight that is spread over all classes", "[0, 1)", only="objective.name=cross_entropy"
+        0.1, "fraction of a label's weight that is spread over all classes", "[0, 1)", only="objective.name=cross_entropy"
     )
 
 
 @dataclass(frozen=True)
 class OptimConfig(Checked):
-    name: Literal["sgd", "adamw", "muon"] = key("sgd", "sgd with Nesterov's momentum, adamw, or muon: sgd by orthogonal steps")
-    lr: float = key(0.1, "learning rate at its peak, for the whole batch_size: ranks do not scale it", "(0, inf)")
-    bias_lr: float = key(1.0, "times lr: the learning rate of biases, and of the weights of norms", "[0, inf)")
-    head_lr: float = key(1.0, "times lr: the learning rate of the last layer's weights", "[0, inf)")
+    name: Literal["sgd", "adamw", "muon"] = key("sgd", "sgd (Nesterov momentum), adamw, or muon (sgd with orthogonal steps)")
+    lr: float = key(0.1, "peak learning rate, for the whole batch: the number of ranks does not scale it", "(0, inf)")
+    bias_lr: float = key(1.0, "learning rate of biases and norm weights, as a factor of lr", "[0, inf)")
+    head_lr: float = key(1.0, "learning rate of the last layer's weights, as a factor of lr", "[0, inf)")
     momentum: float = key(0.9, "momentum of sgd and muon, first beta of adamw", "[0, 1)")
-    weight_decay: float = key(5e-4, "pull of weights towards 0, per learning rate; none on biases and norms", "[0, inf)")
+    weight_decay: float = key(5e-4, "weight decay, scaled by the learning rate; not applied to biases and norms", "[0, inf)")
     warmup_epochs: float = key(1.0, "epochs in which the learning rate rises to its peak", "[0, inf)")
     schedule: Literal["cosine", "linear"] = key("cosine", "how the learning rate falls from its peak to 0 at the end")
-    clip_norm: float = key(0.0, "a longer gradient (2-norm, over all weights) is cut to this; 0: no limit", "[0, inf)")
+    clip_norm: float = key(0.0, "largest norm of the gradient over all weights; 0: no limit", "[0, inf)")
     ema_decay: float = key(
-        0.0, "per step: decay of an exponential moving average of the weights, evaluated too; 0: none", "[0, 1)"
+        0.0, "decay per step of a moving average of the weights, which is evaluated too; 0: no average", "[0, 1)"
     )
 
 
 @dataclass(frozen=True)
 class LimitsConfig(Checked):
-    start: float = key(1800.0, "seconds that a rank may take until its first step", "(0, 1e9]", free=True)
-    step: float = key(300.0, "seconds of a step, its images and its exchange with other ranks included", "(0, 1e9]", free=True)
+    start: float = key(1800.0, "seconds until the first step", "(0, 1e9]", free=True)
+    step: float = key(300.0, "seconds of a step, with loading its images and waiting for other ranks", "(0, 1e9]", free=True)
     evaluation: float = key(3600.0, "seconds of an evaluation", "(0, 1e9]", free=True)
-    save: float = key(1800.0, "seconds that training may wait for a checkpoint", "(0, 1e9]", free=True)
+    save: float = key(1800.0, "seconds that training waits for a checkpoint", "(0, 1e9]", free=True)
 
 
 @dataclass(frozen=True)
 class Config(Checked):
     run_dir: str = key(
-        "", "folder of this run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True, path=True
+        "", "folder of the run: config, checkpoints, TensorBoard; default runs/<config name>", free=True, path=True
     )
-    seed: int = key(0, "of the initial weights, the order of the images and the noise in them", "[0, 1e18]")
-    epochs: float = key(20.0, "times that the training set is gone through", "(0, inf)")
+    seed: int = key(0, "seed of the initial weights, the order of the images and their augmentation", "[0, 1e18]")
+    epochs: float = key(20.0, "passes over the training set", "(0, inf)")
     batch_size: int = key(128, "images per optimizer step, over all ranks together", "[1, inf)")
     micro_batches: int | str = key(
-        AUTO, "parts that a rank's share of a batch is cut into; auto: as few as fit in memory", "[1, inf)", free=True
+        AUTO,
+        "number of parts of a rank's share that are computed in turn; auto: as few as fit in memory",
+        "[1, inf)",
+        free=True,
     )
-    precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 where the device is good at it")
+    precision: Literal["auto", "no", "bf16", "fp16"] = key("auto", "mixed precision; auto: bf16 if it is fast and correct here")
     compile: Literal["auto", "no", "default", "reduce-overhead", "max-autotune"] = key(
-        "auto",
-        "torch.compile's mode; auto: as accelerate's settings say, else no. On a GPU, two runs may then differ in bits",
+        "auto", "mode of torch.compile; auto: as accelerate's settings say, else no. On a GPU, two runs may then differ in bits"
     )
-    cuda_graph: bool = key(True, "on one GPU: record a step's work once, then replay it; the numbers are the same", free=True)
+    cuda_graph: bool = key(True, "record a step as a CUDA graph, on one GPU; the results are the same", free=True)
     tta: Literal[1, 2, 6] = key(
-        1, "views of an image in an evaluation (test-time augmentation): 2 mirrors it too, 6 also moves it; logits are averaged"
+        1, "views of each image in an evaluation, whose logits are averaged: 2 adds its mirror image, 6 also shifts both"
     )
-    comm_hook: Literal["no", "bf16", "fp16"] = key("no", "what gradients are rounded to while the ranks exchange them")
-    cudnn_benchmark: bool = key(False, "on a GPU, time cuDNN's ways to convolve: then two runs may differ in bits", free=True)
-    nonfinite: Literal["stop", "skip"] = key("stop", "what follows a step whose loss or gradient is not finite", free=True)
-    nonfinite_limit: int = key(5, "such steps in a row that are skipped; one more ends the run", "[1, inf)", free=True)
+    comm_hook: Literal["no", "bf16", "fp16"] = key("no", "precision of the gradients that the ranks exchange")
+    cudnn_benchmark: bool = key(False, "let cuDNN choose kernels by their time: two runs may differ in bits", free=True)
+    nonfinite: Literal["stop", "skip"] = key("stop", "what to do when a loss or gradient is not finite", free=True)
+    nonfinite_limit: int = key(5, "largest number of skipped steps in a row", "[1, inf)", free=True)
     log_every: int = key(50, "steps between two reports", "[1, inf)", free=True)
-    eval_every: int = key(0, "steps between two evaluations; 0: an epoch", "[0, inf)", free=True)
-    save_every: int = key(0, "steps between two checkpoints; 0: an epoch", "[0, inf)", free=True)
-    keep: int = key(2, "checkpoints that are kept, the newest; one may turn out to be damaged", "[2, inf)", free=True)
-    threads: int = key(0, "CPU threads of a rank; 0: all cores, divided among this machine's ranks", "[0, inf)", free=True)
+    eval_every: int = key(0, "steps between two evaluations; 0: one epoch", "[0, inf)", free=True)
+    save_every: int = key(0, "steps between two checkpoints; 0: one epoch", "[0, inf)", free=True)
+    keep: int = key(2, "number of newest checkpoints that are kept, beside the best one", "[2, inf)", free=True)
+    threads: int = key(0, "CPU threads per rank; 0: the machine's cores divided by its ranks", "[0, inf)", free=True)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -160,7 +166,7 @@ class Config(Checked):
 
 
 class Key(NamedTuple):
-    """A key of a config: its dotted name, its type, its value there, and what `key` was told of it."""
+    """A key of a config: dotted name, type, value, and the metadata that `key` was given."""
 
     name: str
     type: Any
@@ -169,7 +175,7 @@ class Key(NamedTuple):
 
 
 def keys_of(config: Any, section: str = "") -> Iterator[Key]:
-    """Every key of a config, in order, sections last."""
+    """Every key of a config, in order."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
@@ -182,7 +188,7 @@ KEYS = {each.name: each for each in keys_of(Config())}  # with the defaults
 
 
 def applies(config: Config, name: str) -> bool:
-    """Whether a key changes anything, given the other keys of `config`."""
+    """Whether a key has an effect, given the other keys of `config`."""
     condition = KEYS[name].meta["only"]
     if not condition:
         return True
@@ -199,8 +205,8 @@ def refuse_keys_that_do_not_apply(config: Config, given: set[str]) -> None:
         other, _, values = KEYS[idle[0]].meta["only"].partition("=")
         value = getattr(getattr(config, other.partition(".")[0]), other.partition(".")[2])
         raise UserError(
-            f"{', '.join(idle)} would be ignored: {idle[0]} belongs to {other}={values.replace('|own', '')}, not to {value}; "
-            "leave it out"
+            f"{', '.join(idle)} would be ignored: {idle[0]} applies to {other}={values.replace('|own', '')} only, "
+            f"and {other} is {value}; omit it"
         )
 
 
@@ -215,7 +221,7 @@ def values_that_apply(config: Config) -> dict[str, Any]:
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names as sections, the way a config file has them."""
+    """Dotted names as nested sections, as in a config file."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         section, _, leaf = name.rpartition(".")
@@ -224,10 +230,10 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], now: Config, chosen: dict[str, Any] | None = None, *, longer: bool = False) -> list[str]:
-    """What keeps a run that was begun with the keys `there` from going on with `now`, key by key, in words.
+    """The keys that prevent a run that was started with the keys `there` from resuming with `now`, in words.
 
-    A key that was not there yet had its default. `chosen` is what the run made of keys that were auto. What is auto now keeps
-    the value that the run has. If `longer`, there may be more epochs.
+    A key that is missing there had its default. `chosen` holds what the run chose for keys that were auto. A key that is auto
+    now keeps the value that the run has. `longer` allows more epochs.
     """
     current, had, found = {each.name: each.value for each in keys_of(now)}, there | (chosen or {}), list[str]()
     for name, after in current.items():
@@ -246,7 +252,7 @@ def type_in_words(kind: Any) -> str:
 
 
 def refuse_uneven(batch_size: int, ranks: int) -> None:
-    """Raise UserError if a batch does not divide among the ranks."""
+    """Raise UserError if a batch does not divide evenly among the ranks."""
     spare = batch_size % ranks
     if spare:
         fits = [size for size in (batch_size - spare, batch_size - spare + ranks) if size]

@@ -1,15 +1,15 @@
-"""The two errors that a user reads in one line, without a traceback, and the one that says that another rank is gone."""
+"""Errors that are printed as one line, without a traceback."""
 
-# What torch's backends say when the other end of a connection has gone.
+# Parts of the messages of torch's backends when another rank has exited.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the run ends with exit code 2."""
+    """A mistake that the user can correct: the process exits with code 2."""
 
 
 class RunError(RuntimeError):
-    """What ends a run and is no mistake of the user's: rank `speaker` reports it, and the run ends with exit code 1."""
+    """A failure that is not the user's mistake: rank `speaker` prints it, and the process exits with code 1."""
 
     def __init__(self, text: str, speaker: int = 0) -> None:
         super().__init__(text)
@@ -17,10 +17,10 @@ class RunError(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks."""
+    """The message of an error as one line."""
     return " ".join(str(error).split())
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether an error is that of a rank which has lost another one."""
+    """Whether an error means that the connection to another rank was lost."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)

@@ -1,4 +1,4 @@
-"""`train`: puts a run together out of a config and, where they are handed in, a data set, a network and an objective."""
+"""`train`: builds a run from a config and, if the caller passes them, a data set, a network and an objective."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from distrib.data.sharing import agreed_fingerprint, load_shared
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Steps
 from distrib.errors import UserError
-from distrib.models.build import Handed, build_model
+from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
 from distrib.runtime import attempts, ranks, signals
@@ -43,19 +43,19 @@ def train(
     config: Config,
     *,
     source: Source | None = None,
-    network: Handed | None = None,
+    network: NetworkOrBuilder | None = None,
     objective: Objective | None = None,
     longer: bool = False,
     began: float | None = None,
 ) -> TrainState:
     """Train as `config` says, from the newest intact checkpoint in its run folder if there is one. Every rank must call this.
 
-    A `source`, a `network` (or a function that makes one, which is called once torch's generator is seeded) and an `objective`
-    take the place of those that `config` names. With `longer` there may be more epochs than the folder was begun with. `began`
-    is the time.time() at which the attempt began, if that was before this call. A signal stops the run, which can go on.
+    `source`, `network` and `objective` replace those that `config` names. `network` may be a function that returns the network;
+    it is called after torch's generator is seeded. `longer` allows more epochs than the run was started with. `began` is the
+    time.time() at which this attempt started, if that was before this call. A signal stops the run; a second call resumes it.
 
-    Returns the state: its `network` has the trained weights, `ema` their moving average, `values` what the last evaluation
-    reported. Raises UserError if something is wrong that the user can mend, and RunError if the run could not go on.
+    Returns the state: `network` has the trained weights, `ema` their moving average, `values` the last evaluation. Raises
+    UserError for a mistake that the user can correct, and RunError if the run failed.
     """
     began = time.time() if began is None else began
     config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
@@ -80,11 +80,11 @@ def train(
 
 
 def prepare(
-    identity: Identity, network: Handed | None, device: torch.device, stopwatch: Stopwatch, cleanup: ExitStack
+    identity: Identity, network: NetworkOrBuilder | None, device: torch.device, stopwatch: Stopwatch, cleanup: ExitStack
 ) -> tuple[TrainState, Run, list[str]]:
-    """Build all that a run needs, and nothing in its folder; with lines for the user. Every rank must call this."""
-    begun, source, objective = identity.find_begun(), identity.source, identity.objective
-    config, precision = choose(identity.config, begun, device)
+    """Build everything a run needs; returns also lines for the user. Writes no file. Every rank must call this."""
+    earlier, source, objective = identity.find_earlier_choices(), identity.source, identity.objective
+    config, precision = choose(identity.config, earlier, device)
     accelerator = make_accelerator(config)
     if device.type == "cpu":
         memory.keep_freed_memory()
@@ -94,7 +94,7 @@ def prepare(
     state, model = build(config, loader, network, accelerator)
     cleanup.callback(unwrap, accelerator, model)
     micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
-    chosen = begun or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
+    chosen = earlier or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
     note: Callable[..., None] = partial(write_status, Path(config.run_dir)) if rank == 0 else lambda *state, **facts: None
     forms = {name: meter.form for name, meter in objective.meters.items()}
     log = Log(config, schedule.total, steps, forms, objective.main, silent=rank > 0)
@@ -107,14 +107,16 @@ def prepare(
     return state, run, [*(f"warning: {each}" for each in cut), setup]
 
 
-def build(config: Config, loader: Loader, network: Handed | None, accelerator: Accelerator) -> tuple[TrainState, nn.Module]:
-    """The state at step 0, and what a step calls. Every rank must call this."""
+def build(
+    config: Config, loader: Loader, network: NetworkOrBuilder | None, accelerator: Accelerator
+) -> tuple[TrainState, nn.Module]:
+    """The state at step 0, and the model that a step calls. Every rank must call this."""
     source = loader.source
     torch.manual_seed(config.seed)
-    built = ranks.rank0_first(lambda leads: build_model(config.model, source.shape, len(source.classes), network))
+    built = ranks.rank0_first(lambda rank0: build_model(config.model, source.shape, len(source.classes), network))
     built = built.to(loader.device)
     if network is not None:
-        ranks.broadcast_network(built)  # each rank has made its own
+        ranks.broadcast_network(built)  # each rank built its own
     fit_whitening(built, loader.sample)
     ema = build_ema(built, config.optim.ema_decay)
     optimizer = build_optimizer(built, config.optim, fused=accelerator.scaler is None)
@@ -125,7 +127,7 @@ def build(config: Config, loader: Loader, network: Handed | None, accelerator: A
 def cut_into_memory(
     config: Config, state: TrainState, model: nn.Module, loader: Loader, objective: Objective, accelerator: Accelerator
 ) -> tuple[int, list[str]]:
-    """The number of micro-batches that fit, and lines for the user. Every rank must call this."""
+    """The number of micro-batches that fit in memory, and lines for the user. Every rank must call this."""
     targets, shape, share = loader.source.train.targets, loader.source.shape, loader.steps.share
 
     def rehearse(images: int) -> bool:
@@ -137,7 +139,7 @@ def cut_into_memory(
 
 
 def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> str:
-    """Go on to the end, or until someone asks to stop; returns who did, or "". Every rank must call this."""
+    """Train to the end, or until a stop is requested; returns who requested it, or "". Every rank must call this."""
     config, log = run.config, run.log
     run.write_status("running", **progress(state.numbers()))
     attempts.record(config, state.step)
@@ -153,8 +155,10 @@ def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> st
     return stopped_by
 
 
-def with_names_of(config: Config, source: Source | None, network: Handed | None, objective: Objective | None) -> Config:
-    """`config` with the names of what was handed in. Raises UserError if a key would be ignored."""
+def with_names_of(
+    config: Config, source: Source | None, network: NetworkOrBuilder | None, objective: Objective | None
+) -> Config:
+    """`config` with the names of the objects that were passed in. Raises UserError if a key would be ignored."""
     named = {
         "data": source and source.name,
         "model": None if network is None else getattr(network, "__name__", type(network).__name__),
@@ -164,19 +168,19 @@ def with_names_of(config: Config, source: Source | None, network: Handed | None,
     for section, name in named.items():
         keys = getattr(config, section)
         if name and f"{section}.name" in changed:
-            raise UserError(f"{section}.name={keys.name} and an object in its place were given: leave one of them out")
+            raise UserError(f"{section}.name={keys.name} was given together with an object that replaces it: omit one of them")
         if name:
             config = replace(config, **{section: replace(keys, name=f"{OWN}{name}")})
     refuse_keys_that_do_not_apply(config, changed)
     if not config.run_dir:
-        raise UserError("run_dir is not given: name the folder of this run, such as Config(run_dir='runs/mine')")
+        raise UserError("run_dir is missing: name the folder of this run, such as Config(run_dir='runs/mine')")
     return config
 
 
 def refuse_keys_of_other_images(config: Config, source: Source) -> None:
-    """Raise UserError if a key of image files was given for images in memory, or the other way round."""
+    """Raise UserError if a key for image files was given with images in memory, or the reverse."""
     in_memory = isinstance(source.train, Arrays)
     idle, kind = ({"data.workers", "data.crop_area"}, "image files") if in_memory else ({"data.resident"}, "images in memory")
     given = sorted(idle & keys_changed(config))
     if given:
-        raise UserError(f"{', '.join(given)} would be ignored: that is for {kind}; leave it out")
+        raise UserError(f"{', '.join(given)} would be ignored: it applies to {kind} only; omit it")

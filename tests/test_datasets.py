@@ -148,7 +148,7 @@ def test_without_a_network_an_absent_set_is_told_with_the_way_out(
     monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     with pytest.raises(UserError) as told:
         load_source(DataConfig(name=name, root=str(tmp_path)), download=True)
-    assert f"{name} is not, or not whole, under {tmp_path}" in str(told.value)
+    assert f"{name} is missing or incomplete in {tmp_path}" in str(told.value)
     assert "could not be downloaded" in str(told.value)
     assert "data.root=FOLDER" in str(told.value)
     assert ("apt-get install dataset-fashion-mnist" in str(told.value)) == (name == "fashion_mnist")
@@ -159,7 +159,7 @@ def test_without_a_network_an_absent_set_is_told_with_the_way_out(
 def test_a_set_that_a_full_disk_left_empty_is_told(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw", zipped=False)
     next((tmp_path / "MNIST" / "raw").glob("train-images*")).write_bytes(b"")
-    with pytest.raises(UserError, match=r"mnist is not, or not whole, under .* could not be downloaded: "):
+    with pytest.raises(UserError, match=r"mnist is missing or incomplete in .* could not be downloaded: "):
         load_source(DataConfig(name="mnist", root=str(tmp_path)), download=True)
 
 
@@ -185,7 +185,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
 def test_an_absent_set_is_downloaded_once(tmp_path: Path, mirror: list[str]) -> None:
     config = DataConfig(name="mnist", root=str(tmp_path / "data"))
-    with pytest.raises(UserError, match="mnist is not, or not whole, under"):
+    with pytest.raises(UserError, match="mnist is missing or incomplete in"):
         load_source(config, download=False)
     assert mirror == []
     first = load_source(config, download=True)
@@ -204,10 +204,10 @@ def test_an_unknown_set_is_told_with_the_known_ones() -> None:
 def test_a_folder_gives_its_classes_and_what_is_missing_is_told(tmp_path: Path) -> None:
     config = DataConfig(name="folder", root=str(tmp_path), size=16)
     (tmp_path / "train").write_text("")
-    with pytest.raises(UserError, match=r"lacks train/CLASS/image files"):
+    with pytest.raises(UserError, match=r"has no image files in train/CLASS/"):
         load_source(config, download=True)
     (tmp_path / "train").unlink()
-    with pytest.raises(UserError, match=r"lacks train/CLASS/image files"):
+    with pytest.raises(UserError, match=r"has no image files in train/CLASS/"):
         load_source(config, download=True)
     for part, name in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("val", "fox")):
         (tmp_path / part / name).mkdir(parents=True)

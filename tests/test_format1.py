@@ -80,16 +80,16 @@ def test_a_run_that_an_earlier_version_began_goes_on_bit_by_bit(
     run(begun, *KEYS, "epochs=2")
     said = capsys.readouterr().out
     for name in found:
-        assert f"warning: {name} was of an earlier version: it was written anew, and the old one is {name}.format1" in said
+        assert f"warning: {name} was of an earlier version and was converted; the original is {name}.format1" in said
         assert (begun / "checkpoints" / f"{name}.format1" / "state.safetensors").exists()
-    assert "goes on after step 23" in said
+    assert "resumes after step 23" in said
     assert_same(begun, tmp_path / "whole")
     assert not (begun / "upgrade").exists()
 
 
 def test_an_earlier_versions_run_of_another_config_is_refused_and_left_alone(begun: Path) -> None:
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"was begun with another seed \(0 there, 1 now\)"):
+    with pytest.raises(UserError, match=r"was started with another seed \(0 there, 1 now\)"):
         run(begun, *KEYS, "seed=1", "epochs=2")
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
@@ -100,8 +100,8 @@ def test_a_damaged_checkpoint_of_an_earlier_version_is_set_aside(begun: Path, ca
     state = run(begun, *KEYS, "epochs=2")
     assert state.step == 46
     said = capsys.readouterr().out
-    assert f"warning: {newest.name} is damaged (a file is not as it was written): it is now {newest.name}.damaged\n" in said
-    assert "goes on after step 16" in said
+    assert f"{newest.name} is damaged (a file differs from what was written): renamed to {newest.name}.damaged\n" in said
+    assert "resumes after step 16" in said
 
 
 def test_a_kill_while_a_checkpoint_is_written_anew_loses_nothing(begun: Path, tmp_path: Path) -> None:

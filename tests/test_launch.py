@@ -54,11 +54,11 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["optim.lrr=1"], "no key optim.lrr: did you mean optim.lr?"),
         (["optim.lr=fast"], "optim.lr is 'fast', not a number"),
         (["epochs=-1"], "epochs is -1.0, not in (0, inf)"),
-        (["nowhere.yaml"], "no config file nowhere.yaml"),
+        (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["data.name=digit"], "there is no data set 'digit': use one of digits, mnist, "),
-        (["data.name=folder", "data.root=/nowhere"], "data.root is '/nowhere', which lacks train/CLASS/image files"),
-        (["model.name=resnet19"], "there is no model 'resnet19': use cnn or airbench, or one of torchvision's: "),
-        (["model.weights=/nowhere.pth"], "model.weights /nowhere.pth cannot be read"),
+        (["data.name=folder", "data.root=/nowhere"], "data.root=/nowhere has no image files in train/CLASS/: "),
+        (["model.name=resnet19"], "there is no model 'resnet19': use cnn or airbench, or one of torchvision: "),
+        (["model.weights=/nowhere.pth"], "model.weights=/nowhere.pth cannot be read"),
         (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),
         (["micro_batches=129"], "micro_batches 129 is more than the 128 images of a rank's share of a batch: use 128 or fewer"),
         (["batch_size=3", "micro_batches=2"], "Expected more than 1 value per channel when training"),
@@ -81,7 +81,7 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_written(
     assert main(["train", *keys]) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
-    assert "was begun with another seed (0 there, 1 now): give another run_dir" in told([*keys, "seed=1"], capsys)
+    assert "was started with another seed (0 there, 1 now): give another run_dir" in told([*keys, "seed=1"], capsys)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -103,9 +103,7 @@ def test_a_run_goes_on_when_a_save_fails_and_tries_again(
 ) -> None:
     full_disk(monkeypatch, range(1, 3))
     assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=10"]) == 0
-    warning = (
-        "warning: no checkpoint of step 20 could be saved: OSError: [Errno 28] No space left on device; it is tried again now"
-    )
+    warning = "warning: the checkpoint of step 20 was not saved: OSError: [Errno 28] No space left on device; trying again now"
     assert warning in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000040", "step_00000046"]
 
@@ -135,12 +133,12 @@ def test_a_run_that_cannot_save_its_end_does_not_exit_with_0(
 ) -> None:
     full_disk(monkeypatch, range(1, 9))
     assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 1
-    assert "distrib: no checkpoint of step 46 could be saved: OSError: [Errno 28]" in capsys.readouterr().err
+    assert "distrib: the checkpoint of step 46 was not saved: OSError: [Errno 28]" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000040"]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
     monkeypatch.undo()
     assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 0
-    assert "goes on after step 40" in capsys.readouterr().out
+    assert "resumes after step 40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
@@ -151,8 +149,8 @@ def test_processes_that_would_each_train_alone_are_refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     words = told([], capsys)
-    assert "4 processes were started, but without RANK, " in words
-    assert "LOCAL_RANK, MASTER_PORT in the environment each would train alone: start them with accelerate launch" in words
+    assert "4 processes were started, but RANK, " in words
+    assert "LOCAL_RANK, MASTER_PORT is not set, so each would train alone: start them with accelerate launch" in words
 
 
 def test_help_and_print_config_are_told_and_nothing_is_trained(
@@ -162,7 +160,7 @@ def test_help_and_print_config_are_told_and_nothing_is_trained(
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "\nobjective.*\n  name " in out
-    assert "\n  label_smoothing part of a label's weight " in out
+    assert "\n  label_smoothing fraction of a label's weight " in out
     assert main(["train", "--print-config", "epochs=3"]) == 0
     assert "\nepochs: 3.0\n" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")

@@ -68,7 +68,7 @@ def test_the_example_goes_on_after_a_kill_bit_by_bit(example: tuple[int, Path], 
         os.killpg(run.pid, signal.SIGKILL)
     done = launch(ranks, EXAMPLE, tmp_path / "killed")
     assert done.returncode == 0, done.stderr
-    assert "goes on after step " in done.stdout
+    assert "resumes after step " in done.stdout
     assert json.loads((tmp_path / "killed" / "status.json").read_text())["attempts"] == 2
     assert_same(tmp_path / "killed", whole)
 
@@ -108,9 +108,7 @@ def test_what_evaluate_cannot_use_is_refused(tmp_path: Path) -> None:
     distrib.train(config(tmp_path / "run"), source=own_source(), network=network, objective=Focal())
     run, objects = tmp_path / "run", {"source": own_source(), "network": network, "objective": Focal()}
     for missing in objects:
-        with pytest.raises(
-            distrib.UserError, match=r"was trained with .*=own:.*, which train\(\) was handed: hand it to evaluate"
-        ):
+        with pytest.raises(distrib.UserError, match=r"was trained with .*=own:.*, an object: pass it to evaluate"):
             distrib.evaluate(run, **{name: each for name, each in objects.items() if name != missing})
     with pytest.raises(distrib.UserError, match=r"was saved with another network: 2.weight is .* and 7 more"):
         distrib.evaluate(
@@ -214,7 +212,7 @@ def test_a_run_keeps_the_precision_that_auto_chose_first(
     assert f"precision {begun} (as this machine is)" in capsys.readouterr().out
     machine(later)
     distrib.train(config(tmp_path, precision="auto", epochs=2), source=own_source(), network=Wide, longer=True)
-    assert f"precision {begun} (as the run began)" in capsys.readouterr().out
+    assert f"precision {begun} (as the run was started)" in capsys.readouterr().out
     manifest = json.loads((checkpoints(tmp_path)[-1] / "manifest.json").read_text())
     assert manifest["chosen"] == {"precision": begun, "compile": "no", "virtual_ranks": 1}
 
@@ -313,7 +311,7 @@ def test_keys_that_do_not_go_with_what_was_handed_in_are_refused(tmp_path: Path)
         ({"data": DataConfig(size=9)}, r"data.size would be ignored"),
         ({"data": DataConfig(workers=9)}, r"data.workers would be ignored: that is for image files"),
         ({"model": ModelConfig(width=9)}, r"model.width would be ignored"),
-        ({"model": ModelConfig(whiten=2)}, r"model.whiten changes the channels"),
+        ({"model": ModelConfig(whiten=2)}, r"model.whiten does not work with your own network"),
         ({"objective": ObjectiveConfig(label_smoothing=0.5)}, r"objective.label_smoothing would be ignored"),
         ({"run_dir": ""}, r"run_dir is not given"),
     ]

@@ -295,9 +295,9 @@ def test_the_rehearsal_of_a_step_leaves_no_trace(tmp_path: Path, monkeypatch: py
 
 def test_parts_that_were_asked_for_and_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "fits", lambda *args: False)
-    with pytest.raises(UserError, match=r"^rank 0 has no memory for micro_batches=2: use 4, or auto$"):
+    with pytest.raises(UserError, match=r"^rank 0 has too little memory for micro_batches=2: use 4, or auto$"):
         run(tmp_path, "micro_batches=2")
-    with pytest.raises(RunError, match=r"^rank 0 has not enough memory for a step with a single image$"):
+    with pytest.raises(RunError, match=r"^rank 0 has too little memory for a step with a single image$"):
         run(tmp_path, "batch_size=4", "micro_batches=4")
 
 
@@ -366,6 +366,6 @@ def test_a_network_whose_run_was_refused_computes_in_its_own_precision_again(
 ) -> None:
     network = Tiny()
     monkeypatch.setattr(memory, "fits", lambda *args: False)
-    with pytest.raises(UserError, match=r"has no memory for micro_batches=2"):
+    with pytest.raises(UserError, match=r"has too little memory for micro_batches=2"):
         run(tmp_path, "precision=bf16", "micro_batches=2", network=network)
     assert network(torch.zeros(1, 1, 8, 8)).dtype == torch.float32

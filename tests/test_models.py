@@ -42,12 +42,12 @@ def test_torchvisions_networks_take_the_channels_and_classes_of_the_data(name: s
 def test_every_classification_network_of_torchvision_is_offered() -> None:
     assert torchvision_names() == sorted(models.list_models(module=models))
     assert len(torchvision_names()) > 70
-    with pytest.raises(UserError, match=r"no model 'resnet19': use cnn or airbench, or one of torchvision's: .*resnet18"):
+    with pytest.raises(UserError, match=r"no model 'resnet19': use cnn or airbench, or one of torchvision: .*resnet18"):
         build_model(ModelConfig(name="resnet19"), SHAPE, classes=10)
 
 
 def test_images_that_are_too_small_are_told() -> None:
-    with pytest.raises(UserError, match=r"model alexnet does not take images of 1x28x28: "):
+    with pytest.raises(UserError, match=r"model alexnet does not accept images of 1x28x28: "):
         build_model(ModelConfig(name="alexnet"), SHAPE, classes=10)
 
 
@@ -113,30 +113,30 @@ def test_a_network_that_is_handed_in_is_called_once_and_taken_as_it_is() -> None
         calls.append(1)
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 7))
 
-    assert build_model(ModelConfig(name="own:build"), SHAPE, classes=7, handed=build)(torch.zeros(2, *SHAPE)).shape == (2, 7)
+    assert build_model(ModelConfig(name="own:build"), SHAPE, classes=7, own=build)(torch.zeros(2, *SHAPE)).shape == (2, 7)
     assert len(calls) == 1
     network = build()
-    assert build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, handed=network) is network
+    assert build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, own=network) is network
     assert network.training
     network.eval()
-    assert not build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, handed=network).training
+    assert not build_model(ModelConfig(name="own:Sequential"), SHAPE, classes=7, own=network).training
 
 
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), r"gives \[1, 9\] for one image, not logits of 7 classes: \[1, 7\]"),
-        (nn.Conv2d(1, 7, 28), r"gives \[1, 7, 1, 1\] for one image, not logits of 7 classes: \[1, 7\]"),
-        (nn.Sequential(nn.Flatten(0), nn.Linear(784, 7)), r"gives \[7\] for one image, not logits of 7 classes: \[1, 7\]"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(783, 7)), r"does not take images of 1x28x28: [^\n]+"),
-        (nn.Conv2d(3, 7, 28), r"does not take images of 1x28x28: [^\n]+"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), r"returns \[1, 9\] for one image, not the logits of 7 classes: \[1, 7\]"),
+        (nn.Conv2d(1, 7, 28), r"returns \[1, 7, 1, 1\] for one image, not the logits of 7 classes: \[1, 7\]"),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(784, 7)), r"returns \[7\] for one image, not the logits of 7 classes: \[1, 7\]"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(783, 7)), r"does not accept images of 1x28x28: [^\n]+"),
+        (nn.Conv2d(3, 7, 28), r"does not accept images of 1x28x28: [^\n]+"),
     ],
 )
 def test_a_handed_network_that_gives_no_logits_is_refused_in_a_line(network: nn.Module, words: str) -> None:
     with pytest.raises(UserError, match=rf"^model own:mine {words}$"):
-        build_model(ModelConfig(name="own:mine"), SHAPE, classes=7, handed=network)
+        build_model(ModelConfig(name="own:mine"), SHAPE, classes=7, own=network)
 
 
 def test_a_handed_network_brings_its_own_first_layer() -> None:
-    with pytest.raises(UserError, match=r"^model.whiten changes the channels of a network's input: put such a layer into your"):
-        build_model(ModelConfig(name="own:mine", whiten=2), SHAPE, classes=7, handed=nn.Flatten())
+    with pytest.raises(UserError, match=r"^model.whiten does not work with your own network: put such a layer into"):
+        build_model(ModelConfig(name="own:mine", whiten=2), SHAPE, classes=7, own=nn.Flatten())

@@ -80,7 +80,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
     monkeypatch.setattr(stop_vote.time, "perf_counter", lambda: clock[0])
     ranks.join(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
-    for step in range(5000, 6000):  # goes on after step 5000, at 20 steps a second
+    for step in range(5000, 6000):  # resumes after step 5000, at 20 steps a second
         before = vote.next
         assert vote(step) == ""
         if vote.next != before:
@@ -121,7 +121,7 @@ def test_each_attempt_has_a_name_of_its_own_whatever_the_dead_have_left_in_the_s
     def attempt(*arriving: int) -> list[str]:
         def late(rank: int) -> str:
             time.sleep(0.1 * arriving.index(rank))
-            return ranks.name_attempt(store, rank, 3)
+            return ranks.agree_on_attempt_name(store, rank, 3)
 
         with ThreadPoolExecutor() as pool:
             return [*pool.map(late, arriving)]

@@ -139,7 +139,7 @@ def test_a_recording_makes_room_for_an_evaluation(
     monkeypatch.setattr(loop, "evaluate", greedy)
     run(tmp_path / "full", *ALL)
     assert (replays[-1].recording, replays[-1].wanted) == (None, False)
-    said = "warning: there is no memory for an evaluation beside a recorded step, so cuda_graph is off"
+    said = "warning: too little memory for an evaluation beside a recorded step, so cuda_graph is off"
     assert capsys.readouterr().out.count(said) == 1
     assert_same(tmp_path / "full", tmp_path / "plain")
 

@@ -130,8 +130,8 @@ def test_all_ranks_that_are_left_see_which_one_is_gone_and_one_of_them_speaks(tm
         assert each.stdin is not None
         print(file=each.stdin, flush=True)
     told = [each.communicate()[0] for each in left]
-    assert all(each.startswith(f"{speaker} rank {dead} is gone, so that the others leave too") for each in told), told
-    assert read_status(tmp_path).items() >= {"state": "failed", "cause": f"rank {dead} is gone", "rank": dead}.items()
+    assert all(each.startswith(f"{speaker} rank {dead} has exited, so the other ranks exit too") for each in told), told
+    assert read_status(tmp_path).items() >= {"state": "failed", "cause": f"rank {dead} has exited", "rank": dead}.items()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_a_run_that_a_signal_stopped_asks_for_its_requeue_where_there_is_a_file_
     ask_for_requeue("SIGUSR1")
     assert (tmp_path / "requeue").exists()
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "not there" / "requeue"))
-    with pytest.raises(RunError, match=r"requeue cannot be made: No such file or directory"):
+    with pytest.raises(RunError, match=r"requeue cannot be created: No such file or directory"):
         ask_for_requeue("SIGUSR1")
 
 

@@ -209,10 +209,10 @@ def test_a_batch_that_is_divided_stays_the_same(capsys: pytest.CaptureFixture[st
         (["--measured", "2500"], "--measured: '' is not a number from 1 to 999,999,999: write it as in --measured 2500@256"),
         (["--measured", "999999999@1"], "--measured 999999999@1 is more than the optimizer leaves time for"),
         (["--global-batch", "batch_size=96", "--gpus", "64"], "batch_size 96 does not divide among 64 ranks: use 64 or 128"),
-        (["--gpu", "8"], "what is '--gpu'?"),
+        (["--gpu", "8"], "unexpected argument '--gpu': "),
         (["data.name=svhn"], "there is no data set 'svhn': use one of digits, mnist"),
         (["model.name=resnet5"], "there is no model 'resnet5'"),
-        (["model.name=alexnet"], "model alexnet does not take images of 1x8x8"),
+        (["model.name=alexnet"], "model alexnet does not accept images of 1x8x8"),
         (["optim.lrr=1"], "there is no key optim.lrr: did you mean optim.lr?"),
     ],
 )

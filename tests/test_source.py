@@ -87,10 +87,10 @@ IMAGES, IDS = split(30)
         ((IMAGES, IDS.float()), r"train: targets are torch.float32 \[30\], not ids \(30,\) or floats \(30, 3\)"),
         ((IMAGES, torch.zeros(30, 4)), r"train: targets are torch.float32 \[30, 4\], not ids \(30,\) or floats \(30, 3\)"),
         ((IMAGES, torch.zeros(29, 3)), r"train: targets are torch.float32 \[29, 3\], not ids \(30,\) or floats \(30, 3\)"),
-        ((IMAGES, IDS + 1), r"train: targets are 1 to 3, and there are 3 classes"),
-        ((IMAGES, IDS - 1), r"train: targets are -1 to 1, and there are 3 classes"),
-        (split(30, size=(2, 5, 5)), r"images to train on are \[2, 5, 5\], and images to validate \[2, 5, 4\]"),
-        (split(30, size=(1, 5, 4)), r"images to train on are \[1, 5, 4\], and images to validate \[2, 5, 4\]"),
+        ((IMAGES, IDS + 1), r"train: targets are 1 to 3, but there are 3 classes"),
+        ((IMAGES, IDS - 1), r"train: targets are -1 to 1, but there are 3 classes"),
+        (split(30, size=(2, 5, 5)), r"training images are \[2, 5, 5\], but validation images \[2, 5, 4\]"),
+        (split(30, size=(1, 5, 4)), r"training images are \[1, 5, 4\], but validation images \[2, 5, 4\]"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(train: tuple[Tensor, Tensor], words: str) -> None:

@@ -141,7 +141,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     code = run.end()
     TIMES.setdefault(launcher, []).append(time.monotonic() - asked)
     said = re.search(
-        r"^stopped by (\S+|the file STOP) after step (\d+), which is saved: the same command goes on$", run.said(), re.M
+        r"^stopped by (\S+|the file STOP) after step (\d+), which is saved: run the same command to resume$", run.said(), re.M
     )
     assert said, run.said()
     assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
@@ -153,7 +153,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
 
     again = Run(launcher, tmp_path / "run", *reading(whole, workers))
     assert again.end() == 0, again.said()
-    assert f"goes on after step {said[2]}" in again.said()
+    assert f"resumes after step {said[2]}" in again.said()
     assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1, workers])
     assert status(run.run_dir)["state"] == "completed"
     print(launcher, target, int(number), workers, {name: [round(each, 1) for each in times] for name, times in TIMES.items()})

@@ -63,7 +63,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monke
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert told("resnet18", str(tmp_path / "gone.pth")).startswith(f"model.weights {tmp_path}/gone.pth cannot be read: ")
+    assert told("resnet18", str(tmp_path / "gone.pth")).startswith(f"model.weights={tmp_path}/gone.pth cannot be read: ")
     (tmp_path / "torn.safetensors").write_bytes(b"x")
     assert "cannot be read" in told("resnet18", str(tmp_path / "torn.safetensors"))
     torch.save({"a": print}, tmp_path / "hostile.pth")
@@ -71,7 +71,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monke
     (tmp_path / "text.pth").write_text("hello\n")
     assert "cannot be read" in told("resnet18", str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    assert told("resnet18", str(tmp_path / "list.pth")).endswith("list.pth has a list, and not a network's state_dict()")
+    assert told("resnet18", str(tmp_path / "list.pth")).endswith("list.pth has a list, not a state_dict")
     torch.save(models.resnet18().state_dict() | {"bn1.weight": "lost"}, tmp_path / "odd.pth")
     assert "odd.pth do not fit resnet18: 1 tensors, such as bn1.weight" in told("resnet18", str(tmp_path / "odd.pth"))
     torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
@@ -145,10 +145,10 @@ def test_the_weights_of_a_run_start_another_one_on_other_classes(tmp_path: Path)
 
 def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=rf"^{tmp_path}/empty has no checkpoints: name a run folder, or a checkpoint in one"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/empty has no checkpoints: give a run folder or a checkpoint"):
         build_model(ModelConfig(weights=str(tmp_path / "empty")), (1, 8, 8), classes=10)
     config, (older, _) = trained(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"^model.weights {tmp_path}/run do not fit cnn: \d+ tensors, such as "):
+    with pytest.raises(UserError, match=rf"^model.weights={tmp_path}/run do not fit cnn: \d+ tensors, such as "):
         build_model(replace(config, width=16, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
     (older / "model.safetensors").write_bytes(b"x")
     with pytest.raises(

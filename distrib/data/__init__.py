@@ -1,4 +1,4 @@
-"""Images on their way from a disk to a batch on the device. Data sets by name, imported when they are asked for."""
+"""Data: from images on a disk to batches on the device. Data sets by name, imported on first use."""
 
 SOURCES = {  # name: the function that loads it, as module:function
     "digits": "distrib.data.datasets:digits",

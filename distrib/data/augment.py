@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on the device, on uint8: what happens to an image is a function of (seed, epoch, image)."""
+"""Augmentation of whole uint8 batches, on the device. An image's augmentation is a function of (seed, epoch, image)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from distrib.data.steps import AUGMENT, FLIP, Share, fold, noise
 
 @dataclass(frozen=True)
 class Augment:
-    """Moves, mirrors and blanks training images, (n, channels, height, width) uint8, as `config` says.
+    """Translates, mirrors and cuts out training images, (n, channels, height, width) uint8, as `config` says.
 
-    What is blanked gets the `mean` of the images, (channels,) uint8.
+    Cut out pixels get the `mean` of the data set, (channels,) uint8.
     """
 
     config: DataConfig
@@ -27,7 +27,7 @@ class Augment:
         if not most and flip == "none" and not side:
             return images
         ids = share.images.to(images.device)
-        # The number of draws keys them too: with one more, all of them would change.
+        # The numbers depend on `draws` too: with one more draw, all of them change.
         down, right, half, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
         mirror = None if flip == "none" else half < 0.5 if flip == "random" else self.alternates(ids, share.epoch)
         if most:
@@ -37,17 +37,17 @@ class Augment:
         return cutout(images, row, column, side, self.mean) if side else images
 
     def alternates(self, ids: Tensor, epoch: int) -> Tensor:
-        """Whether an image is mirrored, (n,): half of them are in the first epoch, and each is in every other one.
+        """Which images are mirrored, (n,): half of them in the first epoch, and each image in every second epoch.
 
-        So two epochs in a row show both sides of each (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
+        Two epochs in a row show both sides of each image (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
         """
         return (noise(fold(self.seed, FLIP), ids, draws=1)[:, 0] < 0.5) != bool(epoch % 2)
 
 
 def translate(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None, most: int) -> Tensor:
-    """Move each image by up to `most` pixels, black where it came from, and mirror it where `mirror` (n,) says so.
+    """Shift each image by up to `most` pixels, filling with black, and mirror it where `mirror` (n,) is true.
 
-    `down` and `right`, (n,) in [0, 1), stand for -most to most. One gather does it all.
+    `down` and `right`, (n,) in [0, 1), are mapped to -most to most. It takes a single gather.
     """
     n, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device) + (down[:, None] * (2 * most + 1)).long()  # in the padded image
@@ -61,13 +61,13 @@ def translate(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None
 
 
 def mirror_where(images: Tensor, mirror: Tensor) -> Tensor:
-    """Mirror each image where `mirror` (n,) says so; without a gather, and on a CPU in half the time of torch.where."""
+    """Mirror each image where `mirror` (n,) is true. On a CPU this takes half the time of torch.where."""
     sides = mirror[:, None, None, None]
     return images.flip(3) * sides + images * ~sides
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor) -> Tensor:
-    """Give each image a square of `side` pixels of the `mean` around (row, column), each (n,) in [0, 1).
+    """Fill a square of `side` pixels around (row, column), each (n,) in [0, 1), with the `mean`.
 
     DeVries and Taylor, "Improved regularization of convolutional neural networks with Cutout", 2017.
     """
@@ -80,9 +80,9 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor)
 
 
 def tta_views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
-    """What an evaluation shows of normalised images, with the weights that the logits get, which add up to 1.
+    """The views of normalised images for test-time augmentation, each with the weight of its logits; weights add up to 1.
 
-    1 is the images; 2 also mirrors them; 6 also moves both by a pixel, up and left or down and right, with half the weight.
+    1: the images; 2: also their mirror images; 6: also both shifted by a pixel, up and left or down and right, at half weight.
     """
     shown = [(1.0, images)]
     if count == 6:
@@ -95,13 +95,13 @@ def tta_views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
 
 
 class Normalize:
-    """Makes uint8 images (n, channels, height, width) floats of mean 0 and variance 1 in each channel, channels last.
+    """Converts uint8 images (n, channels, height, width) to floats of mean 0 and variance 1 per channel, channels last.
 
-    `mean` and `std`, (channels,), are those of pixels in [0, 1].
+    `mean` and `std`, (channels,), are for pixels in [0, 1].
     """
 
     def __init__(self, mean: Tensor, std: Tensor, width: int) -> None:
-        # Row by row: on a CPU, arithmetic along runs of three channels takes ten times as long.
+        # Whole rows: on a CPU, arithmetic on three channels at a time takes ten times as long.
         self.mean, self.std = (each.repeat(width) * 255 for each in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The data sets that have a name: where their images are found, or downloaded from."""
+"""The data sets by name: how each is found, downloaded and loaded."""
 
 import gzip
 import os
@@ -26,15 +26,15 @@ DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
 
 def load_source(config: DataConfig, *, download: bool) -> Source:
-    """The data set `config.name`. Raises UserError if it is unknown, absent and not to be had, or damaged."""
+    """Load the data set `config.name`. Raises UserError if it is unknown, missing and cannot be downloaded, or damaged."""
     refuse_unknown(SOURCES, config.name, "data.name", "data set")
     source: Source = lookup(SOURCES, config.name)(config, download)
     return replace(source, name=config.name)
 
 
 def digits(config: DataConfig, download: bool) -> Source:
-    """scikit-learn's 1,797 digits of 8x8 pixels, every fifth for validation (their order is that of the writers)."""
-    package: Any = find_spec("sklearn")  # not imported: that takes a second, and what is wanted of it is one file
+    """scikit-learn's 1,797 digits of 8x8 pixels; every fifth is for validation, since they are sorted by writer."""
+    package: Any = find_spec("sklearn")  # importing it takes a second, and only one of its files is needed
     file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
     rows = torch.from_numpy(np.loadtxt(file, np.uint8, delimiter=","))
     images = (rows[:, :64] * (255 / 16)).round().byte().view(-1, 1, 8, 8)
@@ -45,7 +45,7 @@ def digits(config: DataConfig, download: bool) -> Source:
 
 
 def of_torchvision(kind: Any, mean: tuple[float, ...], std: tuple[float, ...], config: DataConfig, download: bool) -> Source:
-    """A small data set that torchvision knows how to find, verify and download."""
+    """A small data set that torchvision finds, verifies and downloads."""
     train, val = (find_or_download(kind, config, train, download) for train in (True, False))
     arrays = [Arrays(channels_first(each.data), torch.as_tensor(each.targets).long()) for each in (train, val)]
     shape = arrays[0].images.shape
@@ -60,8 +60,8 @@ def find_or_download(kind: Any, config: DataConfig, train: bool, download: bool)
     except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{config.name} is not, or not whole, under {Path(config.root).absolute()}, and could not be downloaded: {why}. "
-            f"Give data.root=FOLDER, a folder that has it as torchvision's {kind.__name__} leaves it"
+            f"{config.name} is missing or incomplete in {Path(config.root).absolute()}, and could not be downloaded: {why}. "
+            f"Give data.root=FOLDER with the files of torchvision's {kind.__name__}"
             + (f", or apt-get install dataset-fashion-mnist ({DEBIAN_FASHION_MNIST})" if kind is datasets.FashionMNIST else "")
         ) from None
     finally:
@@ -74,7 +74,7 @@ def channels_first(data: Tensor | np.ndarray[Any, Any]) -> Tensor:
 
 
 def fashion_mnist(config: DataConfig, download: bool) -> Source:
-    """Zalando's 70,000 articles of clothing; Debian's package dataset-fashion-mnist is used where it is installed."""
+    """Zalando's 70,000 articles of clothing, from Debian's package dataset-fashion-mnist if it is installed."""
     mean, std = (0.2860,), (0.3530,)
     if not DEBIAN_FASHION_MNIST.is_dir() or Path(config.root, "FashionMNIST").is_dir():
         return of_torchvision(datasets.FashionMNIST, mean, std, config, download)
@@ -96,25 +96,25 @@ def read_debian(prefix: Literal["train", "t10k"]) -> Arrays:
 
 
 def folder(config: DataConfig, download: bool) -> Source:
-    """Image files in train/CLASS/ and val/CLASS/, such as ImageNet's, whose mean and std are taken."""
+    """Image files in train/CLASS/ and val/CLASS/, normalised with the mean and std of ImageNet."""
     splits = {}
     for split in ("train", "val"):
         try:
             splits[split] = datasets.ImageFolder(Path(config.root, split))
         except OSError as error:
             why = str(error).splitlines()[0]
-            raise UserError(f"data.root is {config.root!r}, which lacks {split}/CLASS/image files: {why}") from None
+            raise UserError(f"data.root={config.root} has no image files in {split}/CLASS/: {why}") from None
     train, val = splits["train"], splits["val"]
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} is in one of them only")
+        raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} only in one of them")
     sets = [Files(paths_of(each.samples), torch.tensor(each.targets), config.size, str(each.root)) for each in (train, val)]
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Source(sets[0], sets[1], tuple(train.classes), (3, config.size, config.size), mean, std)
 
 
 def paths_of(samples: Sequence[tuple[str, int]]) -> np.ndarray[Any, Any]:
-    """The paths of files as an array: a list's millions of strings would be copied into each worker that looks at them."""
+    """Paths as an array: millions of Python strings would be copied into each worker that touches them."""
     return np.array([os.fsencode(path) for path, _ in samples])
 
 

@@ -1,4 +1,4 @@
-"""Image files of any size, decoded and brought to one size by loader workers; the crop of an image is keyed by the image."""
+"""Image files, decoded, cropped and resized by loader workers. A crop is a function of (seed, epoch, image)."""
 
 import math
 import os
@@ -15,19 +15,18 @@ from distrib.data.source import Files
 from distrib.data.steps import CROP, fold, noise
 from distrib.errors import UserError
 
-VIEW = 0.875  # of the shorter side: what validation shows, as in most ImageNet recipes
+VIEW = 0.875  # fraction of the shorter side that validation shows, as in most ImageNet recipes
 
-Chunk = tuple[int, list[int]]  # the epoch that keys the crops, and images: what one worker reads of a share
+Chunk = tuple[int, list[int]]  # the part of a share that one worker reads: the epoch, for the crops, and the images
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the images of a chunk, (n, 3, size, size) uint8, channels last: as torch's DataLoader wants it, `reader[chunk]`.
+    """Reads the images of a chunk, (n, 3, size, size) uint8, channels last. torch's DataLoader calls `reader[chunk]`.
 
-    With `crop_area` the view of an image is drawn anew each epoch, and shows at least that part of its area; without, it is
-    the middle. A file that is no image is returned as the UserError that names it, since a worker's exceptions would
-    reach the user as a traceback.
+    With `crop_area`, each epoch shows a random crop of an image, of at least that fraction of its area; without, the center.
+    If a file is not an image, this returns a UserError with its name: an exception in a worker would print a traceback.
     """
 
     files: Files
@@ -48,7 +47,7 @@ class Reader:
     def _read(self, path: str, drawn: Sequence[float]) -> Tensor:
         try:
             with Image.open(path) as image:
-                image.decodermaxblock = 1 << 20  # bytes: most files in one go, and not 64 kB at a time
+                image.decodermaxblock = 1 << 20  # bytes: most files are then read at once, and not 64 kB at a time
                 box = center_box(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
                 return resize(decode(image, box, self.files.size), self.files.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -56,23 +55,23 @@ class Reader:
 
 
 def decode(image: Image.Image, box: Box, size: int) -> Tensor:
-    """The part of an image that is in `box`: (height, width, 3) uint8.
+    """The part of an image inside `box`: (height, width, 3) uint8.
 
-    A JPEG is decoded at a half, a quarter or an eighth where that leaves twice the `size` pixels that are asked for: with
-    fewer, the edges of the box, which are whole pixels here too, would be visibly elsewhere.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if at least twice the requested `size` remains. With fewer pixels, rounding
+    the edges of the box to whole pixels would visibly move them.
     """
     size *= 2
     (width, height), (left, top, right, bottom) = image.size, box
     image.draft("RGB", (math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))))
     across, down = image.width / width, image.height / height
     crop = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
-    if crop.mode.startswith("I"):  # 16 bits of grey, of which Pillow's conversion would keep what is below 256
+    if crop.mode.startswith("I"):  # 16-bit grey: Pillow's conversion would clip it at 255
         return torch.from_numpy((np.array(crop) >> 8).astype(np.uint8))[..., None].expand(-1, -1, 3)
     return torch.from_numpy(np.array(crop if crop.mode == "RGB" else crop.convert("RGB")))
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
-    """(height, width, 3) uint8 to (3, size, size). The filter is that of Pillow's resize, which takes four times as long."""
+    """Resize (height, width, 3) uint8 to (3, size, size), with the filter of Pillow's resize in a quarter of its time."""
     return F.interpolate(pixels[None].permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)[0]
 
 
@@ -83,9 +82,9 @@ def center_box(width: int, height: int) -> Box:
 
 
 def random_box(width: int, height: int, least_area: float, drawn: Sequence[float]) -> Box:
-    """Inception's crop (Szegedy et al., 2015): an area, a ratio of 3:4 to 4:3 and a place, from four numbers in [0, 1).
+    """Inception's random crop (Szegedy et al., 2015): area, ratio from 3:4 to 4:3, and place, from four numbers in [0, 1).
 
-    Where the picture has no room for a crop of this area and ratio, the area stays and the ratio gives way.
+    If a crop of this area and ratio does not fit into the image, the area is kept and the ratio is changed.
     """
     area = width * height * (least_area + (1 - least_area) * drawn[0])
     ratio = math.exp(math.log(4 / 3) * (2 * drawn[1] - 1))

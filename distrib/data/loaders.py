@@ -1,4 +1,4 @@
-"""Batches on the device: the images of each step, whether their set is in memory or workers read it from files."""
+"""Batches on the device, for images in memory and for image files."""
 
 import math
 import sys
@@ -21,11 +21,11 @@ from distrib.errors import UserError
 from distrib.runtime.signals import guard_worker
 from distrib.runtime.stacks import stack_report
 
-AUTO_FRACTION = 0.25  # of a device's free memory: what a set may take there if it is not told where to be
-# How workers are started. The server that Python 3.14 has for that on Linux would die of a launcher's signal, and they with it.
+AUTO_FRACTION = 0.25  # data.resident=auto: largest fraction of a device's free memory that images may take
+# How workers are started. Python 3.14's default on Linux is a fork server, which would die of a signal from a launcher.
 START = "fork" if sys.platform == "linux" else None
-AHEAD = 4  # shares that workers have read, or are reading, beyond the one that is computed
-# Small shares of a set in memory are made together, so many and of so many bytes at most: a GPU's host takes as long for one.
+AHEAD = 4  # shares that workers read ahead
+# Small shares of images in memory are augmented together, at most so many, of so many bytes: a host needs as long for one.
 TOGETHER, SMALL = 8, 2 << 20
 
 Read = tuple[Share, Tensor, Tensor]  # a share, its images (uint8) and targets
@@ -41,17 +41,17 @@ class Batch(NamedTuple):
     targets: Tensor
 
     def split(self, count: int) -> "list[Batch]":
-        """The batch as so many, which may be uneven by an image."""
+        """The batch in `count` parts, whose sizes differ by one image at most."""
         return list(map(Batch, *(each.tensor_split(count) for each in self))) if count > 1 else [self]
 
 
 class Resident:
-    """The images `mine` of a set in memory: the device's, or the machine's, from where each batch travels."""
+    """The images `mine` of a data set in memory: on the device, or on the host, from where each batch is copied."""
 
     def __init__(self, arrays: Arrays, mine: range, where: str, device: torch.device) -> None:
         images, targets = arrays.images[mine.start : mine.stop], arrays.targets[mine.start : mine.stop]
         self.placement = placement(images.nbytes, where, device)
-        self.images, self.targets = images.to(self.placement), targets.to(self.placement)  # on the CPU that is no copy
+        self.images, self.targets = images.to(self.placement), targets.to(self.placement)  # no copy if it is the CPU
         self.first, self.device = mine.start, device
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
@@ -65,14 +65,14 @@ class Resident:
 
 
 def placement(size: int, where: str, device: torch.device) -> torch.device:
-    """Where a set of `size` bytes is kept, if data.resident is `where`."""
+    """Where images of `size` bytes are kept, if data.resident is `where`."""
     if where == "auto" and device.type == "cuda":
         where = "device" if size <= AUTO_FRACTION * torch.cuda.mem_get_info(device)[0] else "host"
     return torch.device("cpu") if where == "host" else device
 
 
 class ChunkQueue:
-    """The chunks that the workers of a set are to read: others in each reading, while the workers stay."""
+    """The chunks that the workers read next. Each reading sets other chunks; the workers stay."""
 
     def __init__(self) -> None:
         self.chunks: Iterable[Chunk] = ()
@@ -82,12 +82,12 @@ class ChunkQueue:
 
 
 class Streamed:
-    """A set of files, which worker processes read ahead: each of them a chunk of every share. The first reading starts them."""
+    """A set of image files. Worker processes read ahead, each one a chunk of every share. The first reading starts them."""
 
     def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
         self.targets, self.device, self.workers, self.queue = reader.files.targets, device, workers, ChunkQueue()
         kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD, "multiprocessing_context": START} if workers else {}
-        data: Any = reader  # has __getitem__, which is all that is asked of a data set whose sampler yields chunks
+        data: Any = reader  # DataLoader needs no more than __getitem__, since the sampler yields chunks
         guard = partial(guard_worker, report=report)
         self.loader = DataLoader(data, sampler=self.queue, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
 
@@ -102,11 +102,11 @@ class Streamed:
             for share in shares:
                 yield share, self._joined(list(islice(images, len(self._chunks_of(share))))), self.targets[share.images]
         finally:
-            chunks.close()  # it knows who asks: workers of a set that only the garbage collector finds take 5 s each to end
+            chunks.close()  # it refers back to this generator: if the garbage collector has to end the workers, each takes 5 s
 
     def _chunks_of(self, share: Share) -> list[Chunk]:
         chunks = min(max(1, self.workers), len(share.images))
-        # As numbers, which take 0.3 ms to a worker: a tensor takes 1.6 ms, in shared memory of its own.
+        # As a list: it takes 0.3 ms to a worker. A tensor takes 1.6 ms, since it gets a shared memory file.
         return [(share.epoch, each.tolist()) for each in share.images.tensor_split(chunks)]
 
     def _joined(self, chunks: list[Tensor | UserError]) -> Tensor:
@@ -119,27 +119,27 @@ class Streamed:
             (sum(map(len, whole)), *whole[0].shape[1:]),
             dtype=torch.uint8,
             memory_format=torch.channels_last,
-            pin_memory=self.device.type == "cuda",  # here, and not by a thread of the DataLoader, which would be one copy more
+            pin_memory=self.device.type == "cuda",  # here, since the DataLoader's pin_memory would make one more copy
         )
         return torch.cat(whole, out=room)
 
 
 def prefetch(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
-    """What was read on the host, on the device: a batch travels, on a stream of its own, while the one before is computed."""
+    """Copy what was read to the device, on a separate CUDA stream, one batch ahead of the computation."""
     if device.type != "cuda":
         yield from reads
         return
-    cuda: Any = torch.cuda  # which is not typed
-    side, under_way = cuda.Stream(device), None
+    cuda: Any = torch.cuda  # it has no types
+    copying, next_read = cuda.Stream(device), None
     for read in chain(reads, [None]):
-        arrived, here = under_way, cuda.current_stream(device)
-        here.wait_stream(side)  # the device does, not the host
-        with cuda.stream(side):
-            under_way = on_device(read, device) if read else None
-        if arrived:
-            for tensor in (arrived[0].images, *arrived[1:]):
-                tensor.record_stream(here)  # whose memory is not given away before `here` has used it
-            yield arrived
+        ready, computing = next_read, cuda.current_stream(device)
+        computing.wait_stream(copying)  # the device waits, not the host
+        with cuda.stream(copying):
+            next_read = on_device(read, device) if read else None
+        if ready:
+            for tensor in (ready[0].images, *ready[1:]):
+                tensor.record_stream(computing)  # its memory is not reused before `computing` has used it
+            yield ready
 
 
 def on_device(read: Read, device: torch.device) -> Read:
@@ -148,19 +148,19 @@ def on_device(read: Read, device: torch.device) -> Read:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host, on the device; the host does not wait for it to arrive."""
+    """Copy a host tensor to the device; the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Loader:
-    """Batches for training by step, and for validation in order. Every rank has its own, which gives its shares only."""
+    """Batches of this rank: its share of each training step, and its range of the validation set."""
 
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
         self.source, self.steps, self.device = source, steps, device
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
         self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))
         self.normalize = Normalize(mean, std, width=source.shape[2])
-        # An epoch's order reaches all images of the training set; an evaluation, this rank's range only.
+        # A rank needs all training images, since each epoch has another order, but only its range of the validation images.
         whole, mine = range(len(source.train)), val_range(len(source.val), steps.rank, steps.world)
 
         def open_split(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
@@ -176,7 +176,7 @@ class Loader:
             yield from Batch(self.normalize(self.augment(images, share)), targets).split(len(targets) // self.steps.share)
 
     def _together(self, steps: range) -> Iterator[Share]:
-        """The shares of these steps, those of several in one where that is worth it and they are of one epoch."""
+        """The shares of these steps. Small shares of several steps of one epoch are joined."""
         size = self.steps.share * math.prod(self.source.shape)
         most = max(1, min(TOGETHER, SMALL // size)) if isinstance(self.sets[0], Resident) else 1
         for epoch, shares in groupby(map(self.steps, steps), lambda share: share.epoch):
@@ -184,7 +184,7 @@ class Loader:
                 yield Share(epoch, torch.cat([share.images for share in several]))
 
     def sample(self, pixels: int = 1 << 20) -> Tensor:
-        """Training images, neither moved nor mirrored, spread over the set, of about so many pixels: the same for each rank."""
+        """Training images without augmentation, evenly spaced, with about so many pixels in all; the same on each rank."""
         images, (_, height, width) = len(self.source.train), self.source.shape
         chosen = torch.arange(0, images, max(1, images * height * width // pixels))
         _, found, _ = next(iter(self.sets[0].read([Share(0, chosen)])))

@@ -1,4 +1,4 @@
-"""What a data set is: a `Source` has images to train on, images to validate with, and what belongs to both."""
+"""A `Source` is a data set: training images, validation images, classes, and the mean and std of the pixels."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distrib.errors import UserError, one_line
 
-READERS = 16  # threads that ask for the sizes of files: on a network's disk that is waiting, and no work
+READERS = 16  # threads that read file sizes: on a network file system, most of that is waiting
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Arrays:
         return len(self.targets)
 
     def sha256(self) -> str:
-        """Of every pixel and target."""
+        """A hash of every pixel and target."""
         digest = hashlib.sha256()
         for tensor in (self.images, self.targets):
             digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -38,9 +38,9 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, their paths as an array of bytes, to be read as squares of `size` pixels; targets as those of `Arrays`.
+    """Image files, to be read as squares of `size` pixels. Paths are an array of bytes; targets are those of `Arrays`.
 
-    The paths are below `root`, which may move: a fingerprint has the rest of them.
+    The fingerprint uses paths relative to `root`, so the folder may move.
     """
 
     paths: np.ndarray[Any, Any]
@@ -52,7 +52,7 @@ class Files:
         return len(self.paths)
 
     def sha256(self) -> str:
-        """Of the name and size of each file, in order, and of the targets: the content is not read."""
+        """A hash of the targets and of the name and size of each file, in order. It does not read the files."""
         digest = hashlib.sha256(self.targets.numpy().tobytes())
         with ThreadPoolExecutor(READERS) as pool:
             for path, size in zip(self.paths, pool.map(os.path.getsize, self.paths, chunksize=256), strict=True):
@@ -63,7 +63,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set. `mean` and `std` are of its training images, per channel, with pixels in [0, 1]."""
+    """A data set. `mean` and `std` are per channel, for pixels in [0, 1]."""
 
     train: Arrays | Files
     val: Arrays | Files
@@ -77,15 +77,15 @@ class Source:
     def from_arrays(
         cls, train: tuple[Any, Any], val: tuple[Any, Any], classes: Sequence[str], name: str = "source"
     ) -> "Source":
-        """A data set of images and targets that are in memory, as tensors or as what numpy takes for arrays.
+        """A data set of images and targets in memory: tensors, or anything that numpy converts to arrays.
 
         Images are (n, channels, height, width) uint8; targets are class ids (n,), or (n, classes) floats. Raises UserError.
         """
         splits = [arrays_of(each, split, len(classes)) for split, each in (("train", train), ("val", val))]
         shape = splits[0].images.shape[1:]
         if splits[1].images.shape[1:] != shape:
-            raise UserError(f"images to train on are {list(shape)}, and images to validate {list(splits[1].images.shape[1:])}")
-        # Out of how often each of 256 values occurs, since floats would take eight times the memory of the images.
+            raise UserError(f"training images are {list(shape)}, but validation images {list(splits[1].images.shape[1:])}")
+        # From the counts of the 256 values: a conversion to double would take eight times the memory of the images.
         counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in splits[0].images.unbind(1)]).double()
         values, pixels = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = counts @ values / pixels
@@ -95,17 +95,17 @@ class Source:
         return cls(splits[0], splits[1], tuple(classes), size, tuple(mean.tolist()), tuple(std.tolist()), name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data set from every other: how many images, which classes, and a hash of the rest."""
+        """The identity of this data set: number of images, classes, and a hash of everything else."""
         digest = hashlib.sha256(f"{self.train.sha256()} {self.val.sha256()}".encode()).hexdigest()
         return {"train": len(self.train), "val": len(self.val), "classes": list(self.classes), "sha256": digest}
 
 
 def arrays_of(split: tuple[Any, Any], name: str, classes: int) -> Arrays:
-    """Images and targets as Arrays. Raises UserError if they do not belong together."""
+    """Images and targets as Arrays. Raises UserError if they do not fit together."""
     try:
         images, targets = (each.cpu() if isinstance(each, Tensor) else torch.from_numpy(np.array(each)) for each in split)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: images and targets are no arrays of numbers: {one_line(error)}") from None
+        raise UserError(f"{name}: images and targets cannot be converted to arrays: {one_line(error)}") from None
     soft, count = targets.dtype.is_floating_point, len(images)
     if images.dim() != 4 or images.dtype != torch.uint8 or not count:
         raise UserError(f"{name}: images are {images.dtype} {list(images.shape)}, not uint8 (n, channels, height, width)")
@@ -113,14 +113,14 @@ def arrays_of(split: tuple[Any, Any], name: str, classes: int) -> Arrays:
         found = f"{targets.dtype} {list(targets.shape)}"
         raise UserError(f"{name}: targets are {found}, not ids ({count},) or floats ({count}, {classes})")
     if not soft and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise UserError(f"{name}: targets are {int(targets.min())} to {int(targets.max())}, and there are {classes} classes")
+        raise UserError(f"{name}: targets are {int(targets.min())} to {int(targets.max())}, but there are {classes} classes")
     if soft and not targets.isfinite().all():
         raise UserError(f"{name}: targets are not all finite")
     return Arrays(images, targets.float() if soft else targets.long())
 
 
 def data_differences(before: dict[str, Any], after: dict[str, Any], where: tuple[str, str] = ("there", "now")) -> list[str]:
-    """What sets two fingerprints apart, in words; nothing if they are the same."""
+    """The differences between two fingerprints, in words; empty if they are equal."""
     if before == after:
         return []
     here, there = where[1], where[0]

@@ -1,7 +1,7 @@
-"""Which images a step sees, and the noise in each of them: pure functions of (seed, step).
+"""The images of a step and their random numbers: pure functions of (seed, step).
 
-Nothing here depends on the number of ranks or workers, on the device, or on how often a run was interrupted. (Dropout's stream
-is the one that a rank adds its number to: layers draw in their own order, and do not know which images they see.)
+They do not depend on the number of ranks or workers, on the device, or on interruptions. Only dropout's seed includes the rank,
+since a layer draws its numbers in its own order and does not know which images it sees.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from distrib.config import refuse_uneven
 from distrib.errors import UserError
 
-# What a random number is for: each use draws from a stream of its own. Their numbers are part of every run: add at the end.
+# Each use of random numbers has its own stream. The values are part of every run: add new ones at the end.
 ORDER, AUGMENT, CROP, DROPOUT, FLIP = range(5)
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -24,7 +24,7 @@ MASK = (1 << 64) - 1
 
 
 def fold(*numbers: int) -> int:
-    """One 64-bit number out of several, such as (seed, stream, epoch). Different numbers give unrelated ones."""
+    """Hash several numbers, such as (seed, stream, epoch), to one 64-bit number."""
     folded = 0
     for number in numbers:
         folded = ((folded ^ number) + GOLDEN) & MASK
@@ -35,10 +35,10 @@ def fold(*numbers: int) -> int:
 
 
 def hashes(key: int, counters: Tensor) -> Tensor:
-    """SplitMix64 at `counters` (int64, any shape) of the stream `key`: int64, the same on every device.
+    """SplitMix64 at the positions `counters` (int64, any shape) of the stream `key`: int64, the same on every device.
 
-    A counter-based generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): number i is
-    computed without the i before it, so an image's noise depends on nothing but its key and its index.
+    A counter-based generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) computes number i
+    without the numbers before it. So the random numbers of an image depend on the key and its index only.
     """
     x = counters * _signed(GOLDEN) + _signed(key)
     for shift, factor in MIX:
@@ -51,23 +51,23 @@ def _signed(number: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # without the sign, which torch's >> would repeat
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift; torch's >> repeats the sign
 
 
 def noise(key: int, images: Tensor, draws: int) -> Tensor:
-    """Uniform numbers in [0, 1) for each of `images` (n,), their indices in the data set: (n, draws), float32."""
+    """Uniform numbers in [0, 1), (n, draws) float32, for `images` (n,), which are indices in the data set."""
     counters = images[:, None] * draws + torch.arange(draws, device=images.device)
-    return ((hashes(key, counters) >> 40) & 0xFFFFFF).float() / (1 << 24)  # 24 bits: all that a float32 holds exactly
+    return ((hashes(key, counters) >> 40) & 0xFFFFFF).float() / (1 << 24)  # 24 bits: the precision of float32
 
 
 @lru_cache(maxsize=2)
 def order(images: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch, a permutation of range(images): the images sorted by their hashes."""
+    """The order of the images in an epoch: a permutation of range(images), sorted by hash."""
     return hashes(fold(seed, ORDER, epoch), torch.arange(images)).argsort(stable=True)
 
 
 class Share(NamedTuple):
-    """What one rank sees of one batch: indices in the data set, int64, and the epoch that keys their noise."""
+    """One rank's share of a batch: the epoch, for the random numbers, and the indices of its images, int64."""
 
     epoch: int
     images: Tensor
@@ -77,8 +77,8 @@ class Share(NamedTuple):
 class Steps:
     """The images of every step: step s is in epoch s // per_epoch, and rank r takes the r-th contiguous share of its batch.
 
-    The images % batch_size that are left over sit out an epoch: others in each. Raises UserError if the batch does not
-    divide among the ranks, or if there are fewer images than it takes.
+    The remainder of images % batch_size is left out of an epoch; each epoch leaves out other images. Raises UserError if the
+    batch does not divide among the ranks, or if there are fewer images than a batch has.
     """
 
     images: int
@@ -102,11 +102,11 @@ class Steps:
 
     @property
     def share(self) -> int:
-        """Images of a rank in each step."""
+        """The number of images of a rank in each step."""
         return self.batch_size // self.world
 
     def of_rank(self, rank: int) -> "Steps":
-        """The same steps as another rank sees them."""
+        """The same steps for another rank."""
         return replace(self, rank=rank)
 
     def __call__(self, step: int) -> Share:
@@ -116,11 +116,11 @@ class Steps:
 
 
 def val_range(images: int, rank: int, world: int) -> range:
-    """The images of the validation set, in order, that one rank evaluates."""
+    """The range of validation images that a rank evaluates."""
     return range(rank * images // world, (rank + 1) * images // world)
 
 
 def val_shares(images: int, rank: int, world: int, size: int) -> Iterator[Share]:
-    """A rank's range of the validation set, `size` at a time: no image twice, none left out, no padding."""
+    """A rank's validation range in shares of `size` images. The last share may be smaller; there is no padding."""
     mine = val_range(images, rank, world)
     return (Share(0, torch.arange(first, min(first + size, mine.stop))) for first in mine[::size])

@@ -1,1 +1,1 @@
-"""What is done with a run once it has been trained."""
+"""Using the result of a run."""

@@ -1,11 +1,11 @@
-"""Networks. Ours by name, imported when they are asked for; every other name is one of torchvision's."""
+"""Networks by name: ours, imported on first use; every other name is looked up in torchvision."""
 
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from distrib.errors import UserError
-from distrib.registry import refuse_handed
+from distrib.registry import refuse_own_object
 
 NETWORKS = {  # name: the class, as module:class
     "cnn": "distrib.models.cnn:CNN",
@@ -15,7 +15,7 @@ REGISTERED = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)", re.MULTILI
 
 
 def torchvision_names() -> list[str]:
-    """The classification networks of torchvision, read out of its files: to import it takes seconds."""
+    """The names of torchvision's classification networks, read from its source files, since importing it takes seconds."""
     found = find_spec("torchvision")
     files = Path(found.origin).parent.glob("models/*.py") if found and found.origin else ()
     return sorted(name for file in files for name in REGISTERED.findall(file.read_text(encoding="utf-8")))
@@ -23,7 +23,7 @@ def torchvision_names() -> list[str]:
 
 def refuse_unknown_network(name: str) -> None:
     """Raise UserError if there is no network of this name."""
-    refuse_handed(name, "model.name")
+    refuse_own_object(name, "model.name")
     known = [] if name in NETWORKS else torchvision_names()
     if name not in NETWORKS and name not in known:
-        raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision's: {', '.join(known)}")
+        raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A network for the data: ours or torchvision's by name, or one that was handed in, brought to channels, classes and size."""
+"""Builds the network for a data set: ours or torchvision's by name, or the caller's, with fitting channels and classes."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from distrib.models.layers import Shape, Whitening, with_group_norm
 from distrib.models.weights import from_published, load_pretrained
 from distrib.registry import lookup
 
-SMALL = 64  # pixels: below this a network made for ImageNet loses its picture in the first layers
+SMALL = 64  # pixels: up to this size, a ResNet gets the stem for small images
 
-Handed = nn.Module | Callable[[], nn.Module]  # a network, or a function that makes it once the seed is set
+NetworkOrBuilder = nn.Module | Callable[[], nn.Module]  # a network, or a function that builds it after the seed is set
 
 
 def build_model(
-    config: ModelConfig, shape: Shape, classes: int, handed: Handed | None = None, *, load: bool = True
+    config: ModelConfig, shape: Shape, classes: int, own: NetworkOrBuilder | None = None, *, load: bool = True
 ) -> nn.Module:
-    """A network from images (n, *shape) to logits (n, classes). Raises UserError if the name, size or weights do not fit.
+    """A network from images (n, *shape) to logits (n, classes). Raises UserError if name, size or weights do not fit.
 
-    The initial weights are drawn from torch's global generator: seed it first. With `whiten`, fit the `Whitening` next. Without
-    `load`, the weights that the config names are not loaded.
+    The initial weights come from torch's global generator: seed it first. If the config has `whiten`, call `fit_whitening`
+    afterwards. Without `load`, `config.weights` are not loaded.
     """
     whitening = Whitening(shape, config.whiten) if config.whiten else None
     inner = whitening.shape if whitening else shape
-    if handed is not None:
+    if own is not None:
         if whitening:
-            raise UserError("model.whiten changes the channels of a network's input: put such a layer into your network")
-        model = handed if isinstance(handed, nn.Module) else handed()
+            raise UserError("model.whiten does not work with your own network: put such a layer into the network itself")
+        model = own if isinstance(own, nn.Module) else own()
     elif config.name in NETWORKS:
         model = lookup(NETWORKS, config.name)(inner[0], classes, config.width, config.dropout)
     else:
@@ -41,7 +41,7 @@ def build_model(
     if config.weights and load:
         load_pretrained(model, config)
     if hasattr(model, "transform_input"):
-        # The published weights of googlenet and inception_v3 are for images that were normalised otherwise.
+        # The published weights of googlenet and inception_v3 expect another normalization, which this flag applies.
         model.transform_input = inner[0] == 3 and from_published(config.weights)  # type: ignore[assignment]
     if config.norm == "group":
         model = with_group_norm(model)
@@ -53,14 +53,14 @@ def build_model(
 
 def of_torchvision(name: str, classes: int) -> nn.Module:
     refuse_unknown_network(name)
-    # These two have extra outputs while they train, which no other network has.
+    # Only these two have auxiliary outputs in training.
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
     return model
 
 
 def adapt(model: nn.Module, shape: Shape) -> nn.Module:
-    """Fit a network of torchvision to images: its first convolution takes their channels, a ResNet's keeps their size."""
+    """Fit torchvision's network to the images: the channels of its first convolution, and a ResNet's stem for small images."""
     channels, height, _ = shape
     name, first = next((name, each) for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
     if isinstance(model, models.ResNet) and height <= SMALL:  # He et al., 2016, section 4.2: the stem for CIFAR
@@ -79,17 +79,17 @@ def with_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
 
 
 def try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
-    """Raise UserError if a network does not turn an image into logits."""
+    """Raise UserError if a network does not compute logits from an image."""
     training, device = model.training, next((each.device for each in model.parameters()), None)
     try:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, *shape, device=device))
     except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"model {name} does not take images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}"
+            f"model {name} does not accept images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}"
         ) from None
     finally:
         model.train(training)
     found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
     if found != [1, classes]:
-        raise UserError(f"model {name} gives {found} for one image, not logits of {classes} classes: [1, {classes}]")
+        raise UserError(f"model {name} returns {found} for one image, not the logits of {classes} classes: [1, {classes}]")

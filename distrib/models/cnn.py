@@ -7,9 +7,9 @@ from distrib.models.layers import convolution, unit
 
 
 class CNN(nn.Module):
-    """A small residual network for images of 8 to 64 pixels: a stem, then three blocks that each halve the picture.
+    """A small residual network for images of 8 to 64 pixels: a stem, then three blocks that each halve the resolution.
 
-    Only the stem is at full size, and it is narrow, which keeps 28x28 pixels at 30 million multiplications.
+    Only the stem has full resolution, and it is narrow: an image of 28x28 pixels takes 30 million multiplications.
     """
 
     def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
@@ -27,7 +27,7 @@ class CNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Halves the picture, then adds to it; what it adds is nothing at first (Goyal et al., 2017, section 5.1)."""
+    """Max pooling and a convolution, then a residual branch that starts at zero (Goyal et al., 2017, section 5.1)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

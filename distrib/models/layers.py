@@ -1,4 +1,4 @@
-"""Layers that several networks are made of, or get."""
+"""Layers that several networks use."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 Shape = tuple[int, int, int]  # channels, height, width
 
-RIDGE = 5e-4  # keeps directions in which patches hardly vary from being blown up
+RIDGE = 5e-4  # added to variances, so that directions in which patches hardly vary are not amplified
 
 
 def unit(channels: int, width: int) -> nn.Sequential:
@@ -20,10 +20,10 @@ def convolution(channels: int, width: int) -> nn.Conv2d:
 
 
 class Whitening(nn.Module):
-    """A first layer that is computed, not learned: its outputs over a patch of the images are uncorrelated, of variance 1.
+    """A first layer that is computed from the images and not trained: its outputs are uncorrelated, with variance 1.
 
-    Each filter comes with its negative, so that nothing is lost in the ReLU (Page, "How to train your ResNet", 2018; Jordan,
-    "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, where biases are learned: that takes 6 % longer and gains nothing).
+    Each filter is there twice, with both signs, so that the ReLU loses nothing (Page, "How to train your ResNet", 2018; Jordan,
+    "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024). Jordan also trains biases here; that took 6 % longer for no gain.
     """
 
     def __init__(self, shape: Shape, side: int) -> None:
@@ -48,14 +48,14 @@ class Whitening(nn.Module):
 
 
 def fit_whitening(model: nn.Module, sample: Callable[[], Tensor]) -> None:
-    """Fit the first layer of `model`, if it is a `Whitening`, to the images that `sample` gives."""
+    """Fit the `Whitening` of `model`, if it has one, to the images that `sample` returns."""
     for each in model.modules():
         if isinstance(each, Whitening):
             each.fit(sample())
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:
-    """Every BatchNorm2d becomes a GroupNorm (Wu and He, 2018) of 16 channels a group, or as many as divide."""
+    """Replace each BatchNorm2d by a GroupNorm (Wu and He, 2018), with groups of 16 channels or the nearest that divides."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             channels = module.num_features

@@ -1,1 +1,1 @@
-"""What people look at: the console, TensorBoard, the table of runs."""
+"""Output for people: the console, TensorBoard, the table of runs."""

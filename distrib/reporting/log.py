@@ -1,4 +1,4 @@
-"""What a run says: on the console, as lines or a progress bar, and to TensorBoard. Only rank 0 speaks."""
+"""The output of a run: lines or a progress bar on the console, and TensorBoard. Only rank 0 writes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,10 +15,10 @@ from distrib.data.steps import Steps
 
 
 class Log:
-    """Console and TensorBoard of a run that ends with step `total`.
+    """Console and TensorBoard output of a run of `total` steps.
 
-    `forms` has the way in which the value of each meter is printed, and `main` is the meter that tells what is best. The Log of
-    a rank that is `silent` takes the same calls and does nothing.
+    `forms` has the print format of each meter, and `main` is the meter that decides which checkpoint is best. A `silent` Log
+    does nothing.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Log:
 
     @contextmanager
     def opened(self, first: int) -> Iterator[None]:
-        """Log the steps after `first`; points that an interrupted run wrote after it are purged: a curve has each step once."""
+        """Open the output for the steps after `first`. Points of an interrupted attempt after `first` are purged."""
         self.writer = None if self.silent else SummaryWriter(self.config.run_dir, purge_step=first + 1)
-        # disable=None is tqdm's word for "only on a terminal": elsewhere there are lines instead.
+        # disable=None: tqdm shows the bar on a terminal only; elsewhere, lines are printed instead.
         silent = True if self.silent else None
         self.bar = tqdm(total=self.total, initial=first, unit="step", dynamic_ncols=True, disable=silent)
         try:
@@ -43,7 +43,7 @@ class Log:
             self._record(SummaryWriter.close)
 
     def opening(self, first: int, lines: Sequence[str], source: Source, network: nn.Module) -> None:
-        """What is about to be trained, on what, by `lines` and in words of its own."""
+        """Print `lines`, then the data set, the network and the number of steps."""
         weights = sum(each.numel() for each in network.parameters())
         shape = "x".join(map(str, source.shape))
         images = f"{len(source.train):,} images to train on and {len(source.val):,} to validate, {shape}"
@@ -56,17 +56,17 @@ class Log:
         self._say(
             f"{self.config.run_dir}: {self.total:,} steps of {self.steps.batch_size} images, {self.steps.per_epoch:,} an epoch"
             + (f" ({idle} images sit out, others each time)" if idle else "")
-            + (f"; goes on after step {first:,}" if first else "")
+            + (f"; resumes after step {first:,}" if first else "")
         )
         if not first:
             self._record(lambda writer: writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```"))
 
     def tick(self, step: int) -> None:
-        """A step is done: the bar moves."""
+        """Move the progress bar to `step`."""
         self.bar.update(step - self.bar.n)
 
     def training(self, step: int, values: dict[str, float]) -> None:
-        """Report meters, `lr` and `images_per_second` since the last report."""
+        """Report the meters, `lr` and `images_per_second` of the steps since the last report."""
         self._scalars(step, "train", values)
         numbers = f"{self._numbers(values)}  {values['images_per_second']:,.0f} images/s"
         if self.bar.disable:
@@ -77,25 +77,25 @@ class Log:
             self.bar.set_postfix_str(numbers)
 
     def validation(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Report meters of the weights that `group` names: val, or val_ema."""
+        """Report the meters of an evaluation; `group` is val, or val_ema for the moving average."""
         self._scalars(step, group, values)
         self._say(f"{self._place(step)}  {group}: {self._numbers(values)}")
 
     def warn(self, text: str) -> None:
-        """Something went wrong that does not end the run."""
+        """Print a warning."""
         self._say(f"warning: {text}")
 
     def text(self, step: int, name: str, text: str) -> None:
-        """What is too long for the console."""
+        """Write a text to TensorBoard only: it is too long for the console."""
         self._record(lambda writer: writer.add_text(name, text, step))
 
     def stopped(self, step: int, stopped_by: str) -> None:
-        """The last line of a run that somebody stopped."""
+        """Print the last line of a run that was stopped."""
         where = f"after step {step:,}, which is saved" if step else "before the first step"
-        self._say(f"stopped by {stopped_by} {where}: the same command goes on")
+        self._say(f"stopped by {stopped_by} {where}: run the same command to resume")
 
     def done(self, step: int, values: dict[str, float], best_step: int, best_values: dict[str, float], speed: float) -> None:
-        """The last line of a run that is done; `speed` is in steps per second, 0 if there were none."""
+        """Print the last line of a run that is complete; `speed` is in steps per second, 0 if this attempt did no step."""
         seen = f"{step * self.steps.batch_size:,} images seen"
         if speed:
             seen += f" at {speed * self.steps.batch_size:,.0f} a second"
@@ -106,7 +106,7 @@ class Log:
         )
 
     def flush(self) -> None:
-        """Bring all that was logged to the disk: before a checkpoint says that it is done."""
+        """Sync everything that was logged to the disk. Called before a checkpoint is written."""
         if not self.writer and not self.silent:
             with suppress(OSError):
                 self.writer = SummaryWriter(self.config.run_dir)
@@ -126,16 +126,16 @@ class Log:
         self._record(write)
 
     def _record(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Write for TensorBoard. A disk that is full, or fails, does not end the run: the next save tries a new file."""
+        """Write to TensorBoard. If the disk is full or fails, the run continues, and the next save opens a new file."""
         if not self.writer:
             return
         try:
             write(self.writer)
         except OSError as error:
             self.writer = None
-            self.warn(f"TensorBoard's file cannot be written: {error}; until the next save, reports go to the console only")
+            self.warn(f"TensorBoard's file cannot be written: {error}; reports go to the console only until the next save")
 
     def _say(self, text: str) -> None:
         if not self.silent and text:
-            with suppress(OSError):  # the console may be a file, on the same disk
+            with suppress(OSError):  # the console may be a file on a full disk
                 tqdm.write(text)

@@ -1,4 +1,4 @@
-"""`distrib runs`: a line for each run in a folder. Imports no torch."""
+"""`distrib runs`: one line for each run in a folder. Imports no torch."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ OF_THE_RUN = {"state", "attempts", "seconds", "step", "kept_seconds", "goodput",
 
 
 def table(folder: str) -> str:
-    """The runs below a folder, in columns. Raises UserError if there are none."""
+    """The runs in a folder and its subfolders, as a table. Raises UserError if there are none."""
     found = sorted(path.parent for path in Path(folder).glob(f"**/{FILE}"))
     if not found:
-        raise UserError(f"there are no runs in {folder}: name the folder that holds run folders")
+        raise UserError(f"there are no runs in {folder}: give the folder that contains the run folders")
     rows = [TITLES, *(row(path, Path(folder)) for path in found)]
     widths = [max(len(each[column]) for each in rows) for column in range(len(TITLES))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(each, widths, strict=True)).rstrip() for each in rows)

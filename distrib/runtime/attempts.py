@@ -1,4 +1,4 @@
-"""Which job, machines and code made which steps: attempts.jsonl in the run folder has a line for each attempt."""
+"""attempts.jsonl in the run folder: for each attempt, its first step, job, machines and commit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from distrib.runtime.environment import from_environment
 
 
 def record(config: Config, step: int) -> None:
-    """Add this attempt, which goes on after `step`. Every rank must call this."""
+    """Add a line for this attempt, which starts after `step`. Every rank must call this."""
     hosts = ranks.all_gather_object(socket.gethostname())
     if not ranks.is_rank0():
         return
@@ -27,12 +27,12 @@ def record(config: Config, step: int) -> None:
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": from_environment("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", default=0),
     }
-    with suppress(OSError), Path(config.run_dir, "attempts.jsonl").open("a") as file:  # a full disk ends no run
+    with suppress(OSError), Path(config.run_dir, "attempts.jsonl").open("a") as file:  # a full disk must not end the run
         file.write(json.dumps(line) + "\n")
 
 
 def commit() -> str | None:
-    """The commit of this code, with -dirty behind it if files have been changed since; None outside of a repository."""
+    """The commit of this code, with the suffix -dirty if files were changed since; None outside of a repository."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)

@@ -1,12 +1,12 @@
-"""A checkpoint is complete and as it was written, or it is not there.
+"""Checkpoints: a checkpoint exists under its name only if it is complete.
 
-run_dir/checkpoints/step_00000123/ holds model.safetensors: the network's tensors, under the network's own names;
-ema.safetensors: their moving average, if there is one; training.safetensors: what the optimizer remembers; state.json: every
-number; and manifest.json, which describes the run and has the size and SHA-256 of each file. It is written beside its name,
-brought to the disk, and then renamed. Nothing is ever unpickled.
+run_dir/checkpoints/step_00000123/ contains model.safetensors: the network's tensors, under the network's own names;
+ema.safetensors: their moving average, if there is one; training.safetensors: the optimizer's state; state.json: all numbers;
+and manifest.json: a description of the run, and the size and SHA-256 of each file. All files are written to a temporary folder
+and synced to the disk, then the folder is renamed. Nothing is unpickled.
 
-Whoever reads one finds it intact; or torn, not as it was written: it is set aside, and the one before is used; or foreign, of
-another run: UserError; or unreadable now: it is tried again, then RunError. Only what is torn is ever renamed.
+Reading a checkpoint has four outcomes. Intact: it is used. Torn, which means that its bytes differ from what was written: it is
+renamed, and the one before is used. Of another run: UserError. Unreadable now: tried again, then RunError.
 """
 
 import hashlib
@@ -33,20 +33,20 @@ from distrib.runtime.disk import to_disk, try_again
 MODEL, EMA, TRAINING = "model.safetensors", "ema.safetensors", "training.safetensors"
 NUMBERS, MANIFEST = "state.json", "manifest.json"
 FORMAT = 2
-SMALL = 1 << 24  # bytes: no JSON of ours is larger
+SMALL = 1 << 24  # bytes: a larger JSON file is none of ours
 
 
 class Format1(UserError):  # noqa: N818
-    """A checkpoint of an earlier version, which training can write anew."""
+    """A checkpoint of an earlier version, which training can convert."""
 
 
 class Torn(Exception):  # noqa: N818
-    """A checkpoint is not as it was written, or never was one; and why."""
+    """A checkpoint differs from what was written, or is none; the message says why."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state at one step, on the CPU, apart from the one that goes on changing."""
+    """A copy of a run's state at one step, on the CPU."""
 
     step: int
     files: dict[str, dict[str, Tensor]]  # the tensors of each file, by name
@@ -55,15 +55,15 @@ class Snapshot:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The folders that have the name of a checkpoint, oldest first."""
+    """The folders of a run's checkpoints, oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if not path.suffix)
 
 
 def write(snapshot: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> None:
-    """Commit a checkpoint, whose manifest says what it is `about`, then prune the old ones.
+    """Write a checkpoint, with the run's description `about` in its manifest, then delete old ones.
 
-    At whatever point this is killed or fails, every checkpoint that was there is there, or a newer one is. It raises what the
-    file system does, and Torn if a tensor is not finite.
+    If this is killed or fails at any point, the existing checkpoints, or a newer one, are still intact. Raises OSError, and
+    Torn if a tensor is not finite.
     """
     folder = run_dir / "checkpoints" / f"step_{snapshot.step:08d}"
     partial = folder.with_suffix(".partial")
@@ -85,9 +85,9 @@ def write(snapshot: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -
 
 
 def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the order in memory that a file wants. Raises Torn if one is not finite.
+    """Tensors as contiguous arrays, as safetensors needs them. Raises Torn if one is not finite.
 
-    By numpy, in one thread: torch would have its threads fight for the cores with those that train.
+    This uses numpy, which needs one thread; torch's threads would compete with training for the cores.
     """
     arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in tensors.items()}
     odd = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
@@ -97,9 +97,9 @@ def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the best score, if any was evaluated.
+    """Delete all checkpoints but the newest `keep` and the one with the best score.
 
-    What is being deleted has lost its name; what cannot be is left for the next time.
+    A checkpoint is renamed before it is deleted. If it cannot be deleted now, the next call tries again.
     """
     found = checkpoints(run_dir)
     best = best_of(found)
@@ -112,7 +112,7 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def best_of(found: list[Path]) -> Path | None:
-    """The checkpoint with the best score, of several the oldest; None if none was evaluated."""
+    """The checkpoint with the best score, the oldest in a tie; None if none was evaluated."""
     scores = {folder: score for folder in found if (score := score_of(folder)) is not None}
     return max(scores, key=scores.__getitem__, default=None)
 
@@ -127,10 +127,10 @@ def score_of(folder: Path) -> float | None:
 
 
 def newest(run_dir: Path, check: Callable[[Path, dict[str, Any]], None]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is intact, its manifest, and lines for the user; None if there has never been one.
+    """The newest intact checkpoint, its manifest, and lines for the user; None if there never was a checkpoint.
 
-    `check(folder, manifest)` looks into the files. It raises Torn, and then the checkpoint is set aside under another name; or
-    UserError if the checkpoint is of another run. Raises UserError if all are torn: a run is never begun anew by itself.
+    `check(folder, manifest)` checks the content of the files. It raises Torn, and the checkpoint is renamed; or UserError if it
+    belongs to another run. Raises UserError if all are torn: a run never starts anew by itself.
     """
     lines: list[str] = []
     for folder in reversed(checkpoints(run_dir)):
@@ -140,31 +140,30 @@ def newest(run_dir: Path, check: Callable[[Path, dict[str, Any]], None]) -> tupl
                 check(folder, manifest)
             return folder, manifest, lines
         except Torn as why:
-            aside = set_aside(folder)
-            lines.append(f"{folder.name} is damaged ({why}): it is now {aside.name}")
+            lines.append(f"{folder.name} is damaged ({why}): renamed to {set_aside(folder).name}")
     damaged = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*.damaged*"))
     if damaged:
         raise UserError(
-            f"{run_dir} has no checkpoint that is intact, only {', '.join(damaged[:3])}{' ...' if len(damaged) > 3 else ''}: "
-            f"give another run_dir, or remove them to begin anew{''.join(f'; {line}' for line in lines)}"
+            f"{run_dir} has no intact checkpoint, only {', '.join(damaged[:3])}{' ...' if len(damaged) > 3 else ''}: "
+            f"give another run_dir, or delete them to start anew{''.join(f'; {line}' for line in lines)}"
         )
     return None, {}, lines
 
 
 def best_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint `run`, or the best in the run folder `run`, and its manifest; nothing is set aside. Raises UserError."""
+    """The checkpoint `run`, or the best one in the run folder `run`, and its manifest. Renames nothing. Raises UserError."""
     found = [run] if (run / MANIFEST).exists() else checkpoints(run)
     if not found:
-        raise UserError(f"{run} has no checkpoints: name a run folder, or a checkpoint in one")
+        raise UserError(f"{run} has no checkpoints: give a run folder or a checkpoint")
     folder = best_of(found) or found[-1]
     try:
         return folder, verified(folder)
     except Torn as why:
-        raise UserError(f"{folder} is damaged ({why}): name another checkpoint") from None
+        raise UserError(f"{folder} is damaged ({why}): give another checkpoint") from None
 
 
 def latest_manifest(run_dir: Path) -> dict[str, Any]:
-    """The manifest of the newest checkpoint that has one of today's; nothing is changed, and the other files are not read."""
+    """The newest valid manifest of today's format; empty if there is none. Changes nothing and reads no other file."""
     for folder in reversed(checkpoints(run_dir)):
         with suppress(Torn, Format1):
             return read_manifest(folder)
@@ -172,7 +171,7 @@ def latest_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a torn checkpoint another name, and return that."""
+    """Rename a torn checkpoint; returns its new path."""
     names = (folder.with_suffix(f".damaged{i or ''}") for i in range(len(list(folder.parent.iterdir())) + 1))
     aside = next(name for name in names if not name.exists())
     os.rename(folder, aside)
@@ -181,13 +180,15 @@ def set_aside(folder: Path) -> Path:
 
 @contextmanager
 def as_outcomes(folder: Path) -> Iterator[None]:
-    """Turn what reading a checkpoint raises into Torn, or into RunError if it cannot be read now."""
+    """Turn errors of reading a checkpoint into Torn, or into RunError if it cannot be read now."""
     try:
         yield
     except FileNotFoundError as error:
-        raise Torn(f"{Path(error.filename or folder).name} is not there") from None
+        raise Torn(f"{Path(error.filename or folder).name} is missing") from None
     except OSError as error:
-        raise RunError(f"{folder} cannot be read: {error.strerror or error}; it is left as it is, try again later") from None
+        raise RunError(
+            f"{folder} cannot be read now: {error.strerror or error}; nothing was changed, try again later"
+        ) from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -195,7 +196,7 @@ def as_outcomes(folder: Path) -> Iterator[None]:
 
 
 def verified(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as it says. Raises Torn, UserError or RunError."""
+    """The manifest of a checkpoint, after comparing the files with it. Raises Torn, UserError or RunError."""
     manifest = read_manifest(folder)
     with as_outcomes(folder):
         for name, expected in manifest["files"].items():
@@ -204,7 +205,7 @@ def verified(folder: Path) -> dict[str, Any]:
             if size != expected["bytes"]:
                 raise Torn(f"{name} has {size} bytes, not {expected['bytes']}")
             if sha256(path) != expected["sha256"]:
-                raise Torn(f"{name} is not as it was written")
+                raise Torn(f"{name} differs from what was written")
         missing = {MODEL, TRAINING, NUMBERS} - manifest["files"].keys()
         if missing:
             raise Torn(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
@@ -212,29 +213,29 @@ def verified(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest that is as it was written. Raises Torn, RunError, or UserError if a later version wrote it."""
+    """The manifest of a checkpoint, with its hash checked. Raises Torn, RunError, or UserError if it is of a later format."""
     with as_outcomes(folder):
         path = regular(folder, MANIFEST, SMALL)
         manifest: dict[str, Any] = json.loads(try_again(path.read_bytes))
         if manifest.pop("sha256") != own_sha256(manifest):
-            raise Torn(f"{MANIFEST} is not as it was written")
+            raise Torn(f"{MANIFEST} differs from what was written")
         if folder.name != f"step_{manifest['step']:08d}":
             raise Torn(f"{MANIFEST} is of step {manifest['step']}")
         if manifest["format"] == 1:
-            raise Format1(f"{folder} is of an earlier version: start its run again, which writes it anew")
+            raise Format1(f"{folder} is of an earlier version: run its training command again, which converts it")
         if manifest["format"] != FORMAT:
             raise UserError(f"{folder} has format {manifest['format']}, and this version reads format {FORMAT}: update distrib")
     return manifest
 
 
 def regular(folder: Path, name: str, most: int | None) -> Path:
-    """The path of a file of the folder's own, of at most so many bytes. Raises Torn."""
+    """The path of a regular file in the folder, of at most `most` bytes. Raises Torn."""
     path = folder / name
     if Path(name).name != name:
-        raise Torn(f"{name} is not in the folder")
+        raise Torn(f"{name} is outside of the folder")
     found = try_again(path.lstat)
     if not stat.S_ISREG(found.st_mode):
-        raise Torn(f"{name} is no file of its own")
+        raise Torn(f"{name} is not a regular file")
     if most is not None and found.st_size > most:
         raise Torn(f"{name} has {found.st_size} bytes, more than {most}")
     return path
@@ -253,15 +254,15 @@ def own_sha256(manifest: dict[str, Any]) -> str:
 
 
 class Saver:
-    """Writes checkpoints behind the training's back, one at a time; leaving it waits for the last one.
+    """Writes checkpoints in a background thread, one at a time. At its exit, this context waits for the last one.
 
-    `saved` is called with each one that is on the disk.
+    `saved(snapshot)` is called when a checkpoint is on the disk.
     """
 
     def __init__(self, config: Config, about: dict[str, Any], saved: Callable[[Snapshot], None]) -> None:
         self.run_dir, self.keep, self.about, self.saved = Path(config.run_dir), config.keep, about, saved
         self.thread: threading.Thread | None = None
-        self.last: Snapshot | None = None  # the next one takes its memory
+        self.last: Snapshot | None = None  # the next snapshot reuses its memory
         self.failure: str | None = None
 
     def __enter__(self) -> "Saver":
@@ -271,13 +272,13 @@ class Saver:
         self.wait()
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a snapshot. Wait for the one before first."""
+        """Start to write a snapshot. Call `wait` first."""
         self.last, self.failure = snapshot, None
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save step {snapshot.step}")
         self.thread.start()
 
     def wait(self) -> str | None:
-        """Wait until nothing is being written; returns what went wrong with the last one, in a line."""
+        """Wait for the running save; returns the error message of the last save, or None."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -287,5 +288,5 @@ class Saver:
         try:
             write(snapshot, self.run_dir, self.about, self.keep)
             self.saved(snapshot)
-        except Exception as error:  # whatever it is, training goes on, and all ranks hear of it
-            self.failure = f"no checkpoint of step {snapshot.step} could be saved: {type(error).__name__}: {one_line(error)}"
+        except Exception as error:  # training continues, and `wait` reports this
+            self.failure = f"the checkpoint of step {snapshot.step} was not saved: {type(error).__name__}: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and reads that are tried again when a disk fails for a moment."""
+"""Atomic writes, and reads that are tried again after a temporary failure of the disk."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# What network file systems answer while a server is away or a handle has grown old.
+# Errors of network file systems while a server is unreachable or a file handle is stale.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
 PAUSES = (0.1, 0.5, 2.0)  # seconds between two tries
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that has its old content or the new one, whenever this is killed."""
+    """Write a file so that, after a kill at any time, it has its old or its new content."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("w") as file:
         file.write(text)
@@ -25,7 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Sync a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,7 +34,7 @@ def to_disk(path: Path) -> None:
 
 
 def try_again(read: Callable[[], T]) -> T:
-    """What `read` gives, tried again after each of PAUSES if the disk fails in a way that passes. Raises OSError."""
+    """The result of `read`; after a temporary error it is called again, after each of PAUSES. Raises OSError."""
     for pause in PAUSES:
         try:
             return read()

@@ -1,4 +1,4 @@
-"""What a launcher has put into the environment: this process's rank, the number of ranks, and settings of accelerate."""
+"""What launchers put into the environment: the rank, the number of ranks, and accelerate's settings."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from distrib.config import AUTO, Config
 from distrib.errors import UserError
 
-# Settings with which accelerate would train in another way than distrib does.
+# Settings of accelerate for other kinds of training than distrib's.
 OTHER_WAYS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -21,22 +21,22 @@ WAY_OUT = "change them with `accelerate config`, or by flags of accelerate launc
 
 
 def from_environment(*names: str, default: int) -> int:
-    """The first of these variables that is set."""
+    """The value of the first of these variables that is set."""
     return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
 
 
 def launched_rank() -> int:
-    """This process's rank, also before it has joined the others."""
+    """This process's rank; works before `join`."""
     return from_environment("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
 
 
 def launched_world() -> int:
-    """The number of ranks, also before this process has joined them."""
+    """The number of ranks; works before `join`."""
     return from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
 
 
 def local_rank() -> int:
-    """This process's rank among those of its machine."""
+    """This process's rank among those on its machine."""
     return from_environment("LOCAL_RANK", default=0)
 
 
@@ -46,19 +46,19 @@ def local_world() -> int:
 
 
 def refuse_lone_processes() -> None:
-    """Raise UserError if a launcher started several processes without telling them how to find each other."""
+    """Raise UserError if several processes were started without the variables that connect them."""
     started = launched_world()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if started > 1 and missing:
         raise UserError(
-            f"{started} processes were started, but without {', '.join(missing)} in the environment each would train alone: "
-            "start them with accelerate launch, torchrun or launch/slurm.sbatch, or export these"
+            f"{started} processes were started, but {', '.join(missing)} is not set, so each would train alone: "
+            "start them with accelerate launch, torchrun or launch/slurm.sbatch, or export these variables"
         )
 
 
 def threads_of_a_rank(local_ranks: int) -> int:
-    """This rank's part of the machine's cores: as SLURM says where a rank is one of its tasks, else an even one."""
+    """The CPU cores of a rank: SLURM's number if the ranks are its tasks, else an even part of the machine's cores."""
     if from_environment("SLURM_STEP_NUM_TASKS", default=0) == launched_world():
         return from_environment("SLURM_CPUS_PER_TASK", default=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,9 +66,9 @@ def threads_of_a_rank(local_ranks: int) -> int:
 
 
 def with_accelerate_settings(config: Config) -> tuple[Config, list[str]]:
-    """`config` with what the user's settings of accelerate ask for, in keys that are auto, and a line that says so.
+    """`config` with the values of accelerate's settings in keys that are auto, and a line that says so.
 
-    Raises UserError if they ask for what distrib does not do, or for something else than a key does.
+    Raises UserError if a setting is not supported, or contradicts a key.
     """
     for variable, name in OTHER_WAYS.items():
         if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
@@ -92,7 +92,7 @@ def with_accelerate_settings(config: Config) -> tuple[Config, list[str]]:
 
 
 def setting(name: str, variable: str, known: tuple[str, ...]) -> str:
-    """A setting of accelerate, by default the first that is known. Raises UserError if it is another."""
+    """A setting of accelerate; the default is the first of `known`. Raises UserError if it is not in `known`."""
     value = os.environ.get(variable, "").lower() or known[0]
     if value not in known:
         words = f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
@@ -102,7 +102,7 @@ def setting(name: str, variable: str, known: tuple[str, ...]) -> str:
 
 @contextmanager
 def accelerate_settings_hidden() -> Iterator[None]:
-    """Keep accelerate from acting on those settings by itself: what they ask for has become the config's."""
+    """Hide these settings from accelerate: the config has their values already."""
     hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(HONOURED)}
     try:
         yield

@@ -1,4 +1,4 @@
-"""How a process ends: what is printed, once and by one rank, and its exit code. Imports no torch."""
+"""How a process ends: one message, printed by one rank, and an exit code. Imports no torch."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from distrib.errors import RunError, UserError, lost_rank, one_line
 from distrib.runtime import signals
 from distrib.runtime.environment import launched_rank
 
-PATIENCE = 5.0  # seconds that one rank has to report a mistake, before another rank that met it does
+PATIENCE = 5.0  # seconds that the speaker has to print an error before another rank prints it
 
 
 def print_once(text: str) -> int:
@@ -23,40 +23,40 @@ def print_once(text: str) -> int:
 
 
 def report(error: Exception) -> int:
-    """Print what ended a command, and return its exit code: 2 for a mistake of the user's, else 1."""
+    """Print the error that ended a command; returns the exit code: 2 for a mistake of the user, else 1."""
     if isinstance(error, UserError):
         print_one_line(error, 0)
         return 2
     if isinstance(error, RunError):
         print_one_line(error, error.speaker)
-    elif lost_rank(error):  # the rank that is gone is named by another one
-        print(f"distrib: rank {launched_rank()} leaves, since another rank is gone ({one_line(error)})", file=sys.stderr)
+    elif lost_rank(error):  # another rank names the one that exited
+        print(f"distrib: rank {launched_rank()} exits, since another rank has exited ({one_line(error)})", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
 
 
 def print_one_line(error: Exception, speaker: int) -> None:
-    """Print an error on rank `speaker`. If it has not after PATIENCE, it has not met the error, and this rank prints it."""
+    """Rank `speaker` prints the error. If it has not done so after PATIENCE, this rank prints it."""
     rank = launched_rank()
     if rank != speaker:
         give_up = time.monotonic() + PATIENCE
         while time.monotonic() < give_up:
-            if signals.received() == signal.SIGTERM:  # the launcher's: a rank has spoken and left
+            if signals.received() == signal.SIGTERM:  # from the launcher: the speaker has printed and exited
                 return
             time.sleep(0.05)
     print(f"distrib: {f'rank {rank}: ' if rank != speaker else ''}{error}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. Call it where nothing refers to the model any more."""
-    ranks: Any = sys.modules.get("distrib.runtime.ranks")  # else there was no need to import torch
+    """Exit this process. Call it after the last reference to the model is gone."""
+    ranks: Any = sys.modules.get("distrib.runtime.ranks")  # None if torch was not imported
     if code == 0 and ranks:
-        ranks.part()
-    with suppress(OSError):  # it may be a file on a disk that is full
+        ranks.destroy_process_group()
+    with suppress(OSError):  # the output may be a file on a full disk
         sys.stdout.flush()
         sys.stderr.flush()
     if code:
-        os._exit(code)  # a group whose other ranks may be gone can neither be used nor taken down
+        os._exit(code)  # other ranks may have exited: then the process group can be neither used nor destroyed
     signals.ignore_all()
     sys.exit(0)

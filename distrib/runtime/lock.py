@@ -1,4 +1,4 @@
-"""One trainer at a time in a run folder: each of its ranks locks one byte of the file `lock`, and loses it when it dies."""
+"""One training job at a time in a run folder: each rank locks one byte of the file `lock`, until its process ends."""
 
 import errno
 import fcntl
@@ -12,18 +12,18 @@ from typing import IO
 
 from distrib.errors import UserError
 
-PATIENCE = 10.0  # seconds that another trainer has to leave: one that was just stopped may be saving
+PATIENCE = 10.0  # seconds to wait for another job to exit: one that was just stopped may still save
 
 
 @contextmanager
 def run_lock(run_dir: Path, rank: int) -> Iterator[IO[str]]:
-    """Keep other trainers out until this process leaves the folder or dies. Raises UserError if another one stays in."""
+    """Lock the folder for this rank until this context or its process ends. Raises UserError if another job keeps the lock."""
     with (run_dir / "lock").open("a+") as lock:
         give_up = time.monotonic() + PATIENCE
         while not try_lock(lock, rank, fcntl.LOCK_EX):
             if time.monotonic() > give_up:
                 lock.seek(0)
-                holder = lock.read().strip() or "another trainer"
+                holder = lock.read().strip() or "another process"
                 raise UserError(f"run_dir {run_dir} is in use by {holder}: stop that, or give another run_dir")
             time.sleep(0.1)
         if rank == 0:
@@ -35,21 +35,21 @@ def run_lock(run_dir: Path, rank: int) -> Iterator[IO[str]]:
 
 
 def try_lock(lock: IO[str], rank: int, kind: int = fcntl.LOCK_SH) -> bool:
-    """Lock the byte of a rank; returns False if a living process has it.
+    """Try to lock the byte of a rank; returns False if another living process has locked it.
 
-    Several may look who is there, since a LOCK_SH keeps out only the LOCK_EX of a rank that begins.
+    Several ranks may test a byte with LOCK_SH at the same time: it conflicts only with the LOCK_EX of a rank that starts.
     """
     try:
-        # A record lock: the kernel drops it when this process ends, however it does, and no loader worker inherits it.
+        # A record lock: the kernel releases it when this process ends in any way, and loader workers do not inherit it.
         fcntl.lockf(lock, kind | fcntl.LOCK_NB, 1, rank)
         return True
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise  # a file system that knows no locks
+            raise  # this file system does not support locks
         return False
 
 
 def show_life(run_dir: Path) -> None:
-    """Touch the lock: a sign of life that outlives this process."""
+    """Touch the lock file, to record that this attempt is alive."""
     with suppress(OSError):
         os.utime(run_dir / "lock")

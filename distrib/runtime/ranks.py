@@ -1,4 +1,4 @@
-"""The ranks of a run: one process for each device, which meet before anything else and then agree on everything."""
+"""The ranks of a run, one process per device: how they connect, and the collectives that they use."""
 
 import atexit
 import gc
@@ -24,92 +24,93 @@ T = TypeVar("T")
 
 
 def join(config: Config) -> PartialState:
-    """Take this rank's threads and device, and meet the other ranks. Every rank must call this.
+    """Set this rank's threads and device, and connect it with the other ranks. Every rank must call this.
 
-    Raises UserError if the launch would become several runs that know nothing of each other.
+    Raises UserError if the processes were launched so that each would train alone.
     """
     threads = config.threads or threads_of_a_rank(local_world())
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, accelerate chooses another number for torch
-    torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which would leave most of a machine idle
-    gpus = torch.cuda.device_count()  # ROCm's too; with a GPU of another kind, such as a Mac's, a rank trains on the CPU
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # if it is not set, accelerate sets another number of threads
+    torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which leaves most cores idle
+    gpus = torch.cuda.device_count()  # NVIDIA's, and AMD's under ROCm; with other GPUs, such as a Mac's, the CPU is used
     refuse_lone_processes()
     if 0 < gpus < local_world():
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_world()} ranks on this machine are more than its {gpus} GPUs: {way_out}")
     if gpus:
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # else, some ways to convolve add in any order
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have anyway
-    meet("cuda" if gpus else "cpu", config)
-    state = PartialState(cpu=not gpus)  # else, without a GPU, accelerate takes each process for the only one
+        torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # some of cuDNN's other kernels add in any order
+        torch.set_float32_matmul_precision("high")  # TF32, which is the default of convolutions
+    init_process_group("cuda" if gpus else "cpu", config)
+    state = PartialState(cpu=not gpus)  # without cpu=True and a GPU, accelerate takes each process for the only one
     assert state.num_processes == launched_world(), state.num_processes
     return state
 
 
-def meet(device: str, config: Config) -> None:
-    """Make torch's process group, if there are several ranks. What is exchanged fails after the longest of the limits."""
+def init_process_group(device: str, config: Config) -> None:
+    """Create torch's process group, if there are several ranks. A collective fails after the longest of the limits."""
     if launched_world() == 1 or torch.distributed.is_initialized():
         return
-    limit, distributed = patience(config), cast(Any, torch.distributed)
+    limit, distributed = collective_timeout(config), cast(Any, torch.distributed)
     store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
-    attempt = distributed.PrefixStore(name_attempt(store, rank, world), store)
+    attempt = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
     backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(backend, timeout=limit, store=attempt, rank=rank, world_size=world)
-    atexit.register(part)  # of a program that uses distrib as a library
+    atexit.register(destroy_process_group)  # for programs that use distrib as a library
 
 
-def part() -> None:
-    """Leave the other ranks, at the end of a program. Every rank must call this, where nothing refers to a DDP model any more.
+def destroy_process_group() -> None:
+    """Destroy the process group at the end of a program. Every rank must call this, after its last reference to a DDP model.
 
-    gloo aborts a process that ends while a DDP model still holds its group, 3 to 27 times in 100 clean runs.
+    gloo aborts a process that exits while a DDP model holds the group: in 3 to 27 of 100 clean runs.
     """
-    failed = hasattr(sys, "last_value")  # a program that ends with an error: the others may be gone
+    failed = hasattr(sys, "last_value")  # the program ends with an exception: the other ranks may have exited already
     if torch.distributed.is_initialized() and not failed:
         gc.collect()
         PartialState().wait_for_everyone()
         torch.distributed.destroy_process_group()
 
 
-def name_attempt(store: Any, rank: int, world: int) -> str:
-    """A name for the keys of this attempt, new and the same for each rank. Every rank must call this.
+def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
+    """A new name for this attempt, the same on all ranks: the prefix of its keys in the store. Every rank must call this.
 
-    A launcher that restarts its ranks keeps their store, and the keys of the ranks that died are in it: with those, two in
-    three restarts fail or hang. Restarts are counted by each machine for itself, which is no name either. So each rank says
-    a word that was never said, and rank 0 answers with its own until each has thanked for that, which the dead do not.
+    A launcher that restarts its ranks keeps their store, with the keys of the ranks that died: two in three restarts would fail
+    or hang. Each machine counts restarts for itself, so a count is no common name. Therefore each rank writes a random token,
+    and rank 0 answers every token that it sees with its own. Ranks that died do not acknowledge the answer; when all ranks
+    have, its token is the name.
     """
-    word = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank:
-        store.set(f"rank {rank}", word)
-        name: str = store.get(f"answer to {word}").decode()
-        store.set(f"thanks for {name} of {word}", "")
+        store.set(f"rank {rank}", token)
+        name: str = store.get(f"answer to {token}").decode()
+        store.set(f"{token} acknowledges {name}", "")
         return name
-    words = dict.fromkeys(range(1, world), "")
-    while words:
-        for other, heard in [*words.items()]:
-            if heard and store.check([f"thanks for {word} of {heard}"]):
-                del words[other]
+    waiting = dict.fromkeys(range(1, world), "")
+    while waiting:
+        for other, seen in [*waiting.items()]:
+            if seen and store.check([f"{seen} acknowledges {token}"]):
+                del waiting[other]
             elif store.check([f"rank {other}"]):
-                words[other] = store.get(f"rank {other}").decode()
-                store.set(f"answer to {words[other]}", word)
+                waiting[other] = store.get(f"rank {other}").decode()
+                store.set(f"answer to {waiting[other]}", token)
         time.sleep(0.01)
-    return word
+    return token
 
 
-def patience(config: Config) -> timedelta:
-    """How long a rank waits for another: a little longer than any of them may take, so that its watchdog speaks first."""
+def collective_timeout(config: Config) -> timedelta:
+    """The timeout of collectives: longer than every limit, so that the watchdog reports a hang first."""
     return timedelta(seconds=max(asdict(config.limits).values()) + 30)
 
 
 def is_rank0() -> bool:
-    """Whether this is rank 0, among ranks that have met."""
-    leads: bool = PartialState().is_main_process
-    return leads
+    """Whether this process is rank 0; call it after `join`."""
+    main: bool = PartialState().is_main_process
+    return main
 
 
 def rank0_first(action: Callable[[bool], T]) -> T:
-    """`action(True)` on rank 0 and, when that is done, `action(False)` on the others. Every rank must call this.
+    """Run `action(True)` on rank 0 and then `action(False)` on the other ranks. Every rank must call this.
 
-    If rank 0 raises a UserError or a RunError then all do, so that none waits for the others.
+    If rank 0 raises a UserError or a RunError, all ranks raise it, so that none waits for the others.
     """
     error: UserError | RunError | None = None
     if is_rank0():
@@ -124,36 +125,36 @@ def rank0_first(action: Callable[[bool], T]) -> T:
 
 
 def on_rank0(action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, on every rank. Every rank must call this; what rank 0 raises, all do."""
-    return broadcast_object(rank0_first(lambda leads: action() if leads else cast(T, None)))
+    """Run `action` on rank 0; returns its result, or raises its error, on all ranks. Every rank must call this."""
+    return broadcast_object(rank0_first(lambda rank0: action() if rank0 else cast(T, None)))
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank. Every rank must call this."""
+    """Returns rank 0's value on all ranks. Every rank must call this."""
     shared: list[T] = broadcast_object_list([value])
     return shared[0]
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each rank gives, by rank, on every rank. Every rank must call this."""
+    """Returns the values of all ranks, in the order of the ranks, on all ranks. Every rank must call this."""
     shared: list[T] = gather_object([value])
     return shared
 
 
 def raise_on_all(error: UserError | RunError | None) -> None:
-    """Raise on all ranks what one of them met: that of the lowest. Every rank must call this."""
-    met = next((each for each in all_gather_object(error) if each), None)
-    if met:
-        raise met from None
+    """If ranks have an error, raise that of the lowest one on all ranks. Every rank must call this."""
+    first = next((each for each in all_gather_object(error) if each), None)
+    if first:
+        raise first from None
 
 
 def broadcast_buffers(network: nn.Module) -> None:
-    """Give each rank the buffers of rank 0. Every rank must call this."""
+    """Copy rank 0's buffers to all ranks. Every rank must call this."""
     for buffer in network.buffers():
         broadcast(buffer)
 
 
 def broadcast_network(network: nn.Module) -> None:
-    """Give each rank the weights and buffers of rank 0. Every rank must call this."""
+    """Copy rank 0's weights and buffers to all ranks. Every rank must call this."""
     for each in network.state_dict().values():
         broadcast(each)

@@ -1,4 +1,4 @@
-"""A run folder belongs to one run, and to one trainer at a time."""
+"""A run folder belongs to one run, and one process group at a time trains in it."""
 
 import os
 import time
@@ -17,22 +17,22 @@ from distrib.runtime.lock import run_lock, try_lock
 from distrib.runtime.status import begin_status, read_status, up_seconds, write_status
 from distrib.runtime.stop_vote import StopVote
 
-LINGER = 1.0  # seconds in which ranks that lost one see which it was, before they leave too
+LINGER = 1.0  # seconds for which a rank keeps its lock after it lost another rank, so that all can see which one that was
 
 
 @contextmanager
 def open_run(config: Config, began: float) -> Iterator[None]:
-    """Hold the run folder while this lasts; if it fails, why is in its status. Every rank must call this.
+    """Lock the run folder, and write the cause of a failure into its status. Every rank must call this.
 
-    Raises UserError if the folder cannot be written or is in use; and RunError, naming the rank, if another one has gone.
+    Raises UserError if the folder cannot be written or is in use, and RunError with the name of the rank if one has exited.
     """
     run_dir, rank = Path(config.run_dir), launched_rank()
     with ExitStack() as stack:
-        lock = ranks.rank0_first(lambda leads: stack.enter_context(start_attempt(run_dir, rank, began)))
+        lock = ranks.rank0_first(lambda rank0: stack.enter_context(start_attempt(run_dir, rank, began)))
         try:
             yield
         except (UserError, RunError) as error:
-            if rank == 0 or read_status(run_dir).get("state") == "running":  # else rank 0 has met the same
+            if rank == 0 or read_status(run_dir).get("state") == "running":  # otherwise rank 0 had the same error
                 write_status(run_dir, "failed", cause=one_line(error))
             raise
         except Exception as error:
@@ -44,12 +44,12 @@ def open_run(config: Config, began: float) -> Iterator[None]:
 
 @contextmanager
 def start_attempt(run_dir: Path, rank: int, began: float) -> Iterator[IO[str]]:
-    """Make the folder and its status, on rank 0, and lock this rank's byte. Raises UserError."""
+    """Create the folder and its status, on rank 0, and lock this rank's byte. Raises UserError."""
     with ExitStack() as stack:
         try:
             if rank == 0:
                 run_dir.mkdir(parents=True, exist_ok=True)
-                seconds = up_seconds(run_dir) + time.time() - began  # before the lock shows signs of life
+                seconds = up_seconds(run_dir) + time.time() - began  # before the lock is touched, which this reads
             lock = stack.enter_context(run_lock(run_dir, rank))
             if rank == 0:
                 begin_status(run_dir, seconds)
@@ -59,7 +59,7 @@ def start_attempt(run_dir: Path, rank: int, began: float) -> Iterator[IO[str]]:
 
 
 def write_config(config: Config) -> None:
-    """Write config.yaml, once it is clear that the run goes on with this config. Raises UserError."""
+    """Write config.yaml; call it after a restore has accepted the config. Raises UserError."""
     try:
         write_atomically(Path(config.run_dir, "config.yaml"), to_yaml(config))
     except OSError as error:
@@ -67,7 +67,7 @@ def write_config(config: Config) -> None:
 
 
 def refuse_another_config(config: Config, *, longer: bool = False) -> None:
-    """Raise UserError if config.yaml says that another config has begun the run folder, naming the keys that differ."""
+    """Raise UserError, with the keys that differ, if the folder's config.yaml is that of another run."""
     path = Path(config.run_dir, "config.yaml")
     if path.exists():
         there = {each.name: each.value for each in keys_of(read_config(path))}
@@ -75,37 +75,37 @@ def refuse_another_config(config: Config, *, longer: bool = False) -> None:
 
 
 def refuse(run_dir: str | Path, differ: list[str]) -> None:
-    """Raise UserError if a run that has begun differs from the one that is asked for."""
+    """Raise UserError if the run in a folder differs from the run that was requested."""
     if differ:
-        more = "; to train on, give epochs=N with a larger N" if any(each.startswith("epochs (") for each in differ) else ""
-        raise UserError(f"{run_dir} was begun with another {', '.join(differ)}: give another run_dir{more}")
+        more = "; to train longer, give epochs=N with a larger N" if any(each.startswith("epochs (") for each in differ) else ""
+        raise UserError(f"{run_dir} was started with another {', '.join(differ)}: give another run_dir{more}")
 
 
 def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) -> RunError:
-    """The error of a rank that lost others: it names those whose bytes are not locked. The lowest that is left writes it."""
+    """The error of a rank that lost others: it names the ranks that hold no lock. The lowest remaining rank writes it."""
     others = set(range(launched_world())) - {rank}
     gone = sorted(other for other in others if try_lock(lock, other))
     time.sleep(LINGER)
     speaker = min({rank, *others} - {*gone})
     names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
     if rank == speaker and read_status(run_dir).get("state") != "failed":
-        write_status(run_dir, "failed", cause=f"{names} is gone", rank=gone[0] if gone else None)
-    text = f"{names} is gone, so that the others leave too; the same command goes on from the last checkpoint"
+        write_status(run_dir, "failed", cause=f"{names} has exited", rank=gone[0] if gone else None)
+    text = f"{names} has exited, so the other ranks exit too; the same command resumes from the last checkpoint"
     return RunError(f"{text} ({one_line(error).partition('. ')[0]})", speaker)
 
 
 def ask_for_requeue(stopped_by: str) -> None:
-    """Make the file that REQUEUE_FILE names, if it does: a batch script's sign that this run is to go on later.
+    """Create the file that REQUEUE_FILE names, if any: it tells a batch script to requeue this run.
 
-    Not if a person stopped it, by the file STOP or Ctrl-C: it would come back. Every rank must call this. Raises RunError if
-    the file cannot be made.
+    A run that a person stopped, by the file STOP or Ctrl-C, is not requeued. Every rank must call this. Raises RunError if the
+    file cannot be created.
     """
     path, failure = os.environ.get("REQUEUE_FILE"), ""
     if path and ranks.is_rank0() and stopped_by not in (StopVote.FILE, "SIGINT"):
         try:
             Path(path).touch()
         except OSError as error:
-            failure = f"REQUEUE_FILE {path} cannot be made: {error.strerror}"
+            failure = f"REQUEUE_FILE {path} cannot be created: {error.strerror}"
     failure = ranks.broadcast_object(failure)
     if failure:
         raise RunError(failure)

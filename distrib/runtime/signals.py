@@ -1,6 +1,6 @@
-"""Signals: one that comes is remembered and no more; the loop looks for it, and leaves with a checkpoint.
+"""Signals: a handler only remembers the signal; the loop notices it, saves a checkpoint and stops.
 
-Nothing slow is imported here: `listen` is called before torch is, so that no signal is missed.
+This module imports nothing slow: `listen` is called before torch is imported, so that no signal is missed.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ from types import FrameType
 from distrib.runtime.stacks import SHOW_STACKS, add_stacks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-SAME_PRESS = 0.5  # seconds in which a second SIGINT comes from the same Ctrl-C: a launcher may pass on what a rank got too
-ORPHANED = 60.0  # seconds in which a run whose launcher died has to be gone
+SAME_PRESS = 0.5  # seconds in which a second SIGINT counts as the same Ctrl-C: a launcher may pass on what the rank got itself
+ORPHANED = 60.0  # seconds that a rank has to exit after its launcher died
 PR_SET_PDEATHSIG = 1
 
-_last: tuple[int, float] = 0, 0.0  # the last signal, and when it came
+_last: tuple[int, float] = 0, 0.0  # the last signal and its time
 _listening = False
 
 
 def listen() -> None:
-    """From now on a signal asks the run to stop, and a second Ctrl-C ends this process at once."""
+    """Install handlers: a signal requests a stop, and a second Ctrl-C ends this process at once."""
     global _listening
     _listening = True
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # a lost terminal stops no run under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so do we then
             signal.signal(number, _remember)
     if {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & os.environ.keys():
         stop_with_launcher()
@@ -38,7 +38,7 @@ def listen() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Listen while a run lasts, where the program does not yet, such as in a notebook; then its own handlers are back."""
+    """Install handlers for the time of a run, unless they are installed; then restore the program's own, as in a notebook."""
     global _listening, _last
     if _listening or threading.current_thread() is not threading.main_thread():
         yield
@@ -51,7 +51,7 @@ def listening() -> Iterator[None]:
     finally:
         _listening = False
         for number, handler in before.items():
-            if handler is not None:  # None: one that is not Python's, which stays replaced
+            if handler is not None:  # None: a handler that Python did not install and cannot restore
                 signal.signal(number, handler)
 
 
@@ -65,18 +65,18 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 def ignore_all() -> None:
-    """From now on no signal does anything: the run is done, and Python, as it ends, would make signals fatal again."""
+    """Ignore signals from now on: the run has ended, and Python would make signals fatal again while it exits."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> int:
-    """The number of the signal that came last; 0 if none did."""
+    """The number of the last signal; 0 if none came."""
     return _last[0]
 
 
 def stop_with_launcher() -> None:
-    """Take the launcher's death for a SIGTERM: ranks would go on with nobody to watch or to stop them."""
+    """Treat the death of the launcher as a SIGTERM; otherwise ranks would continue with nobody to control them."""
     if sys.platform != "linux":
         return
     launcher = os.getppid()
@@ -86,18 +86,18 @@ def stop_with_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         time.sleep(ORPHANED)
-        os._exit(1)  # it hangs
+        os._exit(1)  # this rank hangs
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
-    if os.getppid() != launcher:  # it died just before, and no signal came
+    if os.getppid() != launcher:  # it died before prctl, so no signal will come
         os._exit(1)
 
 
 def guard_worker(worker: int, report: Path) -> None:
-    """Let a loader worker end with its parent or by its hand, and by no other: launchers and SLURM signal every process.
+    """Let only its parent stop a loader worker: launchers and SLURM send signals to every process.
 
-    With a dead worker its rank could not go on to the step on which all of them stop. On SHOW_STACKS from its parent it
-    adds the stacks of its threads to `report`. Elsewhere than on Linux, signals cannot be told apart like this.
+    Without its workers, a rank could not reach the step before which all ranks stop. On SHOW_STACKS from its parent, a worker
+    adds the stacks of its threads to `report`. Only Linux tells who sent a signal.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""status.json in a run folder: how the run fares, why it ended, and how much of its time went into what is saved."""
+"""status.json in a run folder: the state of the run, why it ended, and which part of its time produced the saved state."""
 
 import json
 import time
@@ -12,7 +12,7 @@ FILE = "status.json"
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What status.json says; nothing if it is not there or no JSON."""
+    """The content of status.json; empty if it does not exist or is not JSON."""
     try:
         status: dict[str, Any] = json.loads((run_dir / FILE).read_text())
         return status if isinstance(status, dict) else {}
@@ -21,11 +21,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, state: str = "", **facts: Any) -> None:
-    """Bring status.json up to date; a state and facts that are not given stay as they were.
+    """Update status.json. A state and facts that are not given stay as they are.
 
-    `seconds` grows by the time since the last call, and `goodput` is the part of it that went into the saved state.
+    `seconds` grows by the time since the last update; `goodput` is the fraction of it that went into the saved state.
     """
-    with suppress(OSError):  # a full disk ends no run
+    with suppress(OSError):  # a full disk must not end the run
         path = run_dir / FILE
         known = read_status(run_dir)
         seconds = round(known.get("seconds", 0.0) + max(0.0, time.time() - path.stat().st_mtime), 3)
@@ -36,7 +36,7 @@ def write_status(run_dir: Path, state: str = "", **facts: Any) -> None:
 
 
 def begin_status(run_dir: Path, seconds: float) -> None:
-    """Note that another attempt runs, of a run that was up for so many seconds. Raises OSError."""
+    """Write the status of a new attempt; `seconds` is the time that earlier attempts took. Raises OSError."""
     known = read_status(run_dir)
     status = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
     remembered = {name: known[name] for name in ("micro_batches",) if name in known}
@@ -44,7 +44,7 @@ def begin_status(run_dir: Path, seconds: float) -> None:
 
 
 def up_seconds(run_dir: Path) -> float:
-    """Seconds that a run was up in all its attempts, the last one until its last sign of life."""
+    """The seconds that all attempts of a run took; the last one counts until it last touched its lock."""
     try:
         after = (run_dir / "lock").stat().st_mtime - (run_dir / FILE).stat().st_mtime
         return float(read_status(run_dir).get("seconds", 0.0)) + max(0.0, after)

@@ -1,4 +1,4 @@
-"""When to stop: all ranks agree on the step, or they would wait for each other."""
+"""All ranks agree on the step before which they stop; otherwise they would wait for each other."""
 
 import os
 import signal
@@ -15,23 +15,25 @@ from distrib.runtime.environment import launched_world
 
 
 class StopVote:
-    """Whether to stop, asked before each step: the ranks agree on it about twice a second, and so on the step.
+    """Decides before each step whether to stop. About twice a second, the ranks vote.
 
-    One small exchange in half a second is the whole cost. It goes between CPUs (gloo), so no GPU is waited for.
+    A vote is one small all-reduce between CPUs (gloo), so it does not wait for a GPU.
     """
 
     PERIOD = 0.5  # seconds
-    BY_FILE, FILE = 100, "the file STOP"  # greater than the number of any signal, so that it prevails
+    BY_FILE, FILE = 100, "the file STOP"  # larger than any signal number, so that it wins the maximum
 
     def __init__(self, config: Config) -> None:
         self.file = Path(config.run_dir, "STOP")
         self.several = launched_world() > 1
-        self.group: Any = torch.distributed.new_group(backend="gloo", timeout=ranks.patience(config)) if self.several else None
-        self.next = 0  # the step that is voted on next
-        self.last: tuple[int, float] | None = None  # the one that was last voted on, and when
+        self.group: Any = (
+            torch.distributed.new_group(backend="gloo", timeout=ranks.collective_timeout(config)) if self.several else None
+        )
+        self.next = 0  # the step before which the ranks vote next
+        self.last: tuple[int, float] | None = None  # the step and time of the last vote
 
     def __call__(self, step: int) -> str:
-        """Who asked all ranks to stop before `step`: a signal's name, or the file; "" if nobody did."""
+        """Who requested to stop before `step`: the name of a signal, or the file; "" if nobody did."""
         if step < self.next:
             return ""
         wish = signals.received() or (self.BY_FILE if ranks.is_rank0() and os.path.exists(self.file) else 0)
@@ -42,7 +44,7 @@ class StopVote:
         self.next = step + steps
         if wish == self.BY_FILE and ranks.is_rank0():
             with suppress(OSError):
-                self.file.unlink()  # it has been heard
+                self.file.unlink()  # the request is served
         return self.FILE if wish == self.BY_FILE else signal.Signals(wish).name if wish else ""
 
     def _pace(self, step: int) -> int:

@@ -1,4 +1,4 @@
-"""What a rank's time goes to: the phase that it is in, and the seconds spent in each."""
+"""The phases of a run, and the time that a rank spends in each."""
 
 import threading
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ PHASES = ("start", "step", "evaluation", "save")
 
 
 class Stopwatch:
-    """The phase that this rank is in, and the seconds spent in each."""
+    """The current phase of this rank, and the seconds spent in each phase."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.current = "start", perf_counter()
         self.steps = self.lap_steps = 0
         self.lap_seconds = self.kept_seconds = 0.0
-        self.turned = threading.Event()  # another phase has begun
+        self.turned = threading.Event()  # set when another phase starts
 
     def enter(self, phase: str) -> None:
-        """A phase begins, and the one before ends; or the same one begins anew."""
+        """End the current phase and start another, or start the same one again."""
         before, since = self.current
         now = perf_counter()
         self.seconds[before] += now - since
@@ -29,19 +29,19 @@ class Stopwatch:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase that interrupts another one."""
+        """A phase that interrupts the current one."""
         before, _ = self.current
         self.enter(phase)
         yield
         self.enter(before)
 
     def stepped(self) -> None:
-        """A step is done, and the next one begins."""
+        """A step has ended, and the next one starts."""
         self.enter("step")
         self.steps += 1
 
     def lap(self) -> float:
-        """Steps per second since the last lap, in the time of steps."""
+        """Steps per second since the last lap; only the time of steps counts."""
         self.enter("step")
         steps, seconds = self.steps - self.lap_steps, self.seconds["step"] - self.lap_seconds
         self.lap_steps, self.lap_seconds = self.steps, self.seconds["step"]
@@ -52,6 +52,6 @@ class Stopwatch:
         return self.lap_steps / self.lap_seconds if self.lap_steps else 0.0
 
     def taken(self) -> float:
-        """Seconds of steps and evaluations since this was last asked: what a state that is saved now has cost."""
+        """Seconds spent in steps and evaluations since the last call: the cost of the state that is saved now."""
         earlier, self.kept_seconds = self.kept_seconds, self.seconds["step"] + self.seconds["evaluation"]
         return self.kept_seconds - earlier

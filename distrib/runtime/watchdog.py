@@ -1,7 +1,7 @@
-"""A watchdog: no phase of a run lasts longer than its limit.
+"""A watchdog ends a run if a phase of it exceeds its limit.
 
-A rank that hangs keeps the others waiting for as long as it is left. So each rank has a thread that looks at the clock; when
-a phase is over its limit, it writes the stacks of all threads to the run folder, says who waits for whom, and ends the rank.
+A rank that hangs makes the others wait for ever. So each rank has a thread that looks at the clock. When a phase exceeds its
+limit, the thread writes the stacks of all threads to the run folder, reports which rank waits for which, and ends the process.
 """
 
 import faulthandler
@@ -24,11 +24,11 @@ from distrib.runtime.status import write_status
 from distrib.runtime.stopwatch import Stopwatch
 
 PERIOD = 1.0  # seconds between two looks at the clock
-GATHER = 2.0  # seconds that the ranks have to report, and their loader workers
+GATHER = 2.0  # seconds that the ranks and their loader workers have to write their stacks
 
 
 class Watchdog:
-    """A thread that ends this rank when a phase of its stopwatch is over its limit."""
+    """A thread that ends this process when a phase of its stopwatch exceeds its limit."""
 
     def __init__(self, config: Config) -> None:
         self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
@@ -56,13 +56,13 @@ class Watchdog:
             spent = perf_counter() - since
             if spent > self.limits[phase]:
                 self._end(phase, spent)
-            # If something keeps the interpreter's lock, this thread cannot look: then faulthandler's does, which needs none.
+            # If a call holds the interpreter lock, this thread cannot run. faulthandler's thread can, and ends the process.
             faulthandler.dump_traceback_later(self.limits[phase] - spent + 2 * GATHER, exit=True, file=2)
-            if self.rank == 0 and phase != "start":  # until then the folder shows the end of the attempt before
+            if self.rank == 0 and phase != "start":  # until then, the lock's time is the end of the previous attempt
                 show_life(self.run_dir)
 
     def _end(self, phase: str, spent: float) -> NoReturn:
-        faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # a disk may hang too
+        faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # in case the disk hangs too
         report, place = stack_report(self.run_dir, self.rank), whereabouts(several=self.world > 1)
         reports = {self.rank: place}
         with suppress(OSError):
@@ -74,17 +74,17 @@ class Watchdog:
                     os.kill(worker.pid, SHOW_STACKS)
             reports |= self._collect_reports(report)
         if self.rank == min(reports):
-            since = f"nothing has moved for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
+            since = f"no progress for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
             what = f"{since}: {summary(reports, self.world)}"
             print(f"distrib: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
             write_status(self.run_dir, "failed", cause=what, rank=next(iter(stuck(reports, self.world)), None))
         os._exit(1)
 
     def _collect_reports(self, mine: Path) -> dict[int, str]:
-        """What the ranks report that are able to, by rank. A report of an earlier hang is older by a limit at least."""
+        """The reports of all ranks that can write one, by rank. A report of an earlier hang is older by at least a limit."""
         reports: dict[int, str] = {}
         give_up = time.monotonic() + GATHER
-        while time.monotonic() < give_up:  # all of it: the loader workers need it too
+        while time.monotonic() < give_up:  # until the end, since the loader workers need this time too
             time.sleep(GATHER / 10)
             for rank in range(self.world):
                 with suppress(OSError, IndexError):

@@ -1,4 +1,4 @@
-"""What a step does, an evaluation, and when each is due. Objectives by name, imported when they are asked for."""
+"""Training: steps, evaluations and what they need. Objectives by name, imported on first use."""
 
 OBJECTIVES = {  # name: the function that makes it from a config, as module:function
     "cross_entropy": "distrib.training.objective:cross_entropy",

@@ -1,4 +1,4 @@
-"""What a run works with."""
+"""The objects that a run works with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,18 +19,18 @@ from distrib.training.replay import Replay
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with; only `TrainState` changes, and what is read or written."""
+    """The objects that a run works with. What training changes is in `TrainState`."""
 
-    config: Config  # without auto in precision and compile
+    config: Config  # precision and compile are no longer auto
     objective: Objective
     accelerator: Accelerator
-    model: nn.Module  # what a step calls: the network, inside DDP if there are several ranks
+    model: nn.Module  # called by a step: the network, wrapped in DDP if there are several ranks
     loader: Loader
     schedule: Schedule
     log: Log
     saver: Saver
     stopwatch: Stopwatch
-    write_status: Callable[..., None]  # which only rank 0 does
+    write_status: Callable[..., None]  # does nothing on other ranks than 0
     replay: Replay = field(default_factory=Replay)
-    micro_batches: int = 1  # that a rank's share of a batch is cut into
-    records: list[StepRecord] = field(default_factory=list)  # of the steps since they were last collected
+    micro_batches: int = 1  # number of parts that a rank's share of a batch is cut into
+    records: list[StepRecord] = field(default_factory=list)  # of the steps since collect_records was called

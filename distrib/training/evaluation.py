@@ -1,4 +1,4 @@
-"""An evaluation: every image of the validation set once, on some rank, and one sum over the ranks at the end."""
+"""Evaluation: each validation image is counted once, on one rank; the ranks add their sums once, at the end."""
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +15,12 @@ from distrib.training.objective import Objective
 def evaluate(
     network: nn.Module, loader: Loader, objective: Objective, accelerator: Accelerator, size: int, views: int
 ) -> dict[str, float]:
-    """What the objective reports of the whole validation set, `size` images at a time. Every rank must call this.
+    """The meters of `network` on the whole validation set, `size` images at a time. Every rank must call this.
 
-    Logits are averaged over the `views` of an image. The ranks' shares may be uneven: `network` is not the DDP one, so nothing
-    is exchanged before the sums are.
+    Logits are averaged over the `views` of each image. The shares of the ranks may be uneven: `network` is not wrapped in DDP,
+    so the ranks exchange nothing before the sums.
     """
-    broadcast_buffers(network)  # each rank has batch statistics of its own images; rank 0's are those that are saved
+    broadcast_buffers(network)  # each rank has its own batch statistics; rank 0's are the ones that are saved
     totals = Totals.of_none(accelerator.device)
     network.eval()
     for images, targets in loader.val(size):
@@ -35,5 +35,5 @@ def evaluate(
 
 
 def summed(totals: Totals, accelerator: Accelerator) -> Totals:
-    """The sums over the images of all ranks, in one exchange. Every rank must call this."""
+    """The totals of all ranks together, in one collective. Every rank must call this."""
     return totals.with_values(accelerator.reduce(totals.flat().to(accelerator.device)))

@@ -1,4 +1,4 @@
-"""Checkpoints of format 1, which had all tensors in one file: written anew in the format of today before a run goes on."""
+"""Checkpoints of format 1, which had all tensors in one file, are converted to today's format before a run resumes."""
 
 import json
 import os
@@ -26,16 +26,17 @@ from distrib.runtime.checkpoint import (
 from distrib.training.state import IMAGES, NUMBER_TYPES, OPTIMIZER, SUMS, TrainState, read_numbers, read_tensors
 
 TENSORS = "state.safetensors"
-OLD = ".format1"  # what a checkpoint is called that has been written anew
+OLD = ".format1"  # suffix of a checkpoint that was converted
 
 
 def upgrade(run_dir: Path, state: TrainState, about: Mapping[str, Any]) -> list[str]:
-    """Write each checkpoint of format 1 anew, with what it was `about`; the old one stays beside it. Returns lines for people.
+    """Convert each checkpoint of format 1; its original stays beside it. Returns lines for the user.
 
-    A kill at any point leaves the old one or the new one under its name, or lets the next attempt find the old one.
+    `about` is the description of the run for the new manifests. After a kill at any point, the original or the new checkpoint
+    has its name, or the next attempt renames the original back.
     """
     room, lines = run_dir / "upgrade", list[str]()
-    if room.exists():  # a kill left it; else, an old one whose new one is gone was pruned
+    if room.exists():  # an attempt was killed in here. Without this, an original without a new one is one that was pruned
         for old in (run_dir / "checkpoints").glob(f"step_*{OLD}"):
             if not old.with_suffix("").exists():
                 os.rename(old, old.with_suffix(""))
@@ -47,20 +48,20 @@ def upgrade(run_dir: Path, state: TrainState, about: Mapping[str, Any]) -> list[
             with as_outcomes(folder):
                 files = json.loads((folder / MANIFEST).read_bytes())["files"]
                 if any(sha256(folder / name) != files[name]["sha256"] for name in (TENSORS, NUMBERS)):
-                    raise Torn("a file is not as it was written")
+                    raise Torn("a file differs from what was written")
                 write(snapshot_of(folder, state), room, dict(about), keep=2)
         except Torn as why:
-            lines.append(f"{folder.name} is damaged ({why}): it is now {set_aside(folder).name}")
+            lines.append(f"{folder.name} is damaged ({why}): renamed to {set_aside(folder).name}")
             continue
         os.rename(folder, folder.with_suffix(OLD))
         os.rename(room / "checkpoints" / folder.name, folder)
-        lines.append(f"{folder.name} was of an earlier version: it was written anew, and the old one is {folder.name}{OLD}")
+        lines.append(f"{folder.name} was of an earlier version and was converted; the original is {folder.name}{OLD}")
     shutil.rmtree(room, ignore_errors=True)
     return lines
 
 
 def snapshot_of(folder: Path, state: TrainState) -> Snapshot:
-    """What a checkpoint of format 1 holds."""
+    """The content of a checkpoint of format 1, as a snapshot."""
     tensors, numbers = read_tensors(folder / TENSORS), read_numbers(folder / NUMBERS)
     learning = [(name, weight) for name, weight in state.network.named_parameters() if weight.requires_grad]
     order = [name for several in (True, False) for name, weight in learning if (weight.dim() > 1) == several]

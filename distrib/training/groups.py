@@ -1,4 +1,4 @@
-"""Which weights decay, which are made orthogonal, and which learn at a rate of their own."""
+"""Parameter groups: weight decay, orthogonal steps and learning rate by kind of weight."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from torch import nn
 
 from distrib.config import OptimConfig
 
-# Parts of a name that mark a weight as an offset or a scale, whatever its shape: it does not decay, as torchvision's references
-# and timm have it (class tokens, position embeddings, tables of relative positions, layer scale; Swin V2's logit scale and the
-# network that makes its table). The first row is torchvision's, the second timm's.
+# Parts of a name that mark a weight as an offset or a scale, whatever its shape. It does not decay, as in torchvision's
+# references and timm: class tokens, position embeddings, tables of relative positions, layer scale, Swin V2's logit scale and
+# the network that computes its table. The first row has torchvision's names, the second timm's.
 OFFSETS = {
     "class_token", "pos_embedding", "relative_position_bias_table", "layer_scale", "logit_scale", "cpb_mlp",
     "cls_token", "dist_token", "pos_embed", "absolute_pos_embed",
@@ -16,10 +16,10 @@ OFFSETS = {
 
 
 def group_names(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the weights that learn, by group, in the order of the network.
+    """The names of the trainable weights by group, in the order of the network.
 
-    matrices: weights of convolutions and linear layers, which decay. head: those of the last of them. vectors: biases, and the
-    weights of norms. offsets: see OFFSETS.
+    matrices: weights of convolutions and linear layers, which decay. head: the last of these. vectors: biases and the weights
+    of norms. offsets: see OFFSETS.
     """
     names: dict[str, list[str]] = {"matrices": [], "head": [], "vectors": [], "offsets": []}
     for name, weight in model.named_parameters():
@@ -31,14 +31,14 @@ def group_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with a learning rate of `scale` times that of the step.
+    """Groups for an optimizer, each with a learning rate of `scale` times that of the step.
 
-    Muon makes the steps of matrices orthogonal, but not those of the head, in which each class learns for itself.
+    Muon makes the steps of matrices orthogonal, but not those of the head, where each class has a row of its own.
     """
     weights, names = dict(model.named_parameters()), group_names(model)
     muon, decays = config.name == "muon", {"weight_decay": config.weight_decay}
     matrices, head = names["matrices"], names["head"]
-    if not muon and config.head_lr == 1:  # each group takes about 25 us of a step
+    if not muon and config.head_lr == 1:  # a group costs about 25 us per step
         matrices, head = [*matrices, *head], []
     groups: list[dict[str, Any]] = [
         {"params": matrices, "scale": 1.0, **decays, **({"inertia": config.momentum} if muon else {})},

@@ -1,6 +1,6 @@
-"""Numbers that went wrong: found on every rank in the same step, before they reach a weight or a checkpoint.
+"""Numbers that are not finite, and replicas that differ: found on all ranks in the same step, before a checkpoint is written.
 
-Records of steps stay on the device until somebody waits for that anyway: before a report, and before a save.
+Records of steps stay on the device until a report or a save waits for the device anyway.
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ from distrib.training.state import TrainState
 
 
 def nonfinite(weights: Sequence[nn.Parameter]) -> Tensor:
-    """1.0 if a gradient is not finite, else 0.0: after the exchange, what is not finite on one rank is not on any.
+    """1.0 if a gradient is not finite, else 0.0; after DDP's exchange, the same on all ranks.
 
-    This is what torch's GradScaler does to look, with a scale of 1; a norm would take five times as long.
+    torch's GradScaler uses this function, here with a scale of 1. A norm takes five times as long.
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     found = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
@@ -32,10 +32,10 @@ def nonfinite(weights: Sequence[nn.Parameter]) -> Tensor:
 
 
 def collect_records(state: TrainState, run: Run) -> None:
-    """Read the records of the steps since the last call: add up what was measured, and find what went wrong.
+    """Read the records of the steps since the last call: add their sums to the totals, and report steps that are not finite.
 
-    This waits for the device. Every rank must call it. Raises RunError if a step was not finite and `nonfinite` is stop, or if
-    more than `nonfinite_limit` in a row were.
+    Waits for the device. Every rank must call this. Raises RunError if a step was not finite and `nonfinite` is stop, or if
+    more than `nonfinite_limit` steps in a row were not finite.
     """
     records = run.records.copy()
     run.records.clear()
@@ -47,12 +47,12 @@ def collect_records(state: TrainState, run: Run) -> None:
         state.nonfinite_in_a_row = state.nonfinite_in_a_row + 1 if odd else 0
         if odd:
             report_nonfinite(state, run, step, finite=bool(np.isfinite(measured).all()))
-    finite = (rows[:, :1] == 0) & np.isfinite(sums).all(2)  # in fp16 a loss may overflow too
+    finite = (rows[:, :1] == 0) & np.isfinite(sums).all(2)  # in fp16 the loss itself may overflow
     add_up(state, records[0], np.where(finite[..., None], sums, 0), int((finite * [each.images for each in records]).sum()))
 
 
 def add_up(state: TrainState, like: StepRecord, sums: np.ndarray[Any, Any], images: int) -> None:
-    """Add sums, of the form of the record `like`, to the totals: one after the other, as steps would."""
+    """Add sums, with the shapes of the record `like`, to the totals, in the order of the steps."""
     if not state.totals.sums:
         zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in like.shapes.items()}
         state.totals = Totals(zeros, state.totals.images)
@@ -62,9 +62,9 @@ def add_up(state: TrainState, like: StepRecord, sums: np.ndarray[Any, Any], imag
 
 
 def report_nonfinite(state: TrainState, run: Run, step: int, *, finite: bool) -> None:
-    """Report a step whose gradient was not finite; this rank's loss was `finite` or not. Every rank must call this.
+    """Report a step whose gradient was not finite; `finite` says whether this rank's loss was. Every rank must call this.
 
-    Raises RunError if the run is to end.
+    Raises RunError if the run must end.
     """
     config, steps = run.config, run.loader.steps
     state.skipped_steps += 1
@@ -76,7 +76,7 @@ def report_nonfinite(state: TrainState, run: Run, step: int, *, finite: bool) ->
     if config.nonfinite == "stop":
         raise RunError(
             f"{where} is not finite in step {step + 1:,}: a smaller optim.lr or optim.clip_norm may help; "
-            "nonfinite=skip goes on without such steps"
+            "nonfinite=skip skips such steps"
         )
     if state.nonfinite_in_a_row > config.nonfinite_limit:
         row = f"{state.nonfinite_in_a_row} steps in a row were not finite, up to step {step + 1:,}"
@@ -84,22 +84,22 @@ def report_nonfinite(state: TrainState, run: Run, step: int, *, finite: bool) ->
 
 
 def shortened(images: list[int]) -> str:
-    """The first few of many images."""
+    """The first few of a list of images, as text."""
     return ", ".join(map(str, images[:8])) + (f" and {len(images) - 8} more, in TensorBoard" if len(images) > 8 else "")
 
 
 def check_replicas(state: TrainState, accelerator: Accelerator) -> None:
-    """Raise RunError if the ranks' weights are not the same, bit by bit. Every rank must call this."""
+    """Raise RunError if the weights of the ranks differ in any bit. Every rank must call this."""
     if accelerator.num_processes == 1:
         return
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = [weight.detach().view(integers[weight.element_size()]) for weight in state.network.parameters()]
-    sums = [each.sum(dtype=each.dtype) for each in bits]  # it may overflow, and is as good; in int64 it takes ten times as long
+    sums = [each.sum(dtype=each.dtype) for each in bits]  # overflow does no harm here; int64 would take ten times as long
     replicas = accelerator.gather(torch.stack(sums)[None]).tolist()
-    common = Counter(map(tuple, replicas)).most_common(1)[0][0]  # of several that are as common, that of the lowest rank
+    common = Counter(map(tuple, replicas)).most_common(1)[0][0]  # in a tie, that of the lowest rank
     odd = [str(rank) for rank, each in enumerate(replicas) if tuple(each) != common]
     if odd:
         raise RunError(
-            f"the weights of rank {', '.join(odd)} are not those of the other ranks after step {state.step:,}: "
-            "nothing is saved any more; check the memory of its device, then the same command goes on from the last checkpoint"
+            f"the weights of rank {', '.join(odd)} differ from those of the other ranks after step {state.step:,}, so they are "
+            "not saved: check the memory of its device; the same command resumes from the last checkpoint"
         )

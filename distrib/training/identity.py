@@ -1,4 +1,4 @@
-"""What a run is, as the manifest of each of its checkpoints says, and whether it is the run that is asked for."""
+"""The identity of a run: what the manifest of a checkpoint says of it, and whether a checkpoint belongs to a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,26 +24,26 @@ PACKAGES = ("distrib", "torch", "torchvision", "accelerate")
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run the run that it is, apart from its step and its weights."""
+    """What identifies a run, apart from its step and its weights."""
 
     config: Config
     source: Source
     data: dict[str, Any]  # the fingerprint
     objective: Objective
-    longer: bool = False  # whether there may be more epochs than when it was begun
+    longer: bool = False  # whether more epochs are allowed than the run was started with
 
     def refuse_another(self, manifest: Mapping[str, Any]) -> None:
-        """Raise UserError if a checkpoint with this manifest is of another run, with what differs."""
+        """Raise UserError, with the differences, if a checkpoint with this manifest belongs to another run."""
         differ = differences(dict(dotted(manifest["config"])), self.config, manifest["chosen"], longer=self.longer)
         differ += data_differences(manifest["data"], self.data)
         if manifest["objective"] != self.objective.name:
             differ.append(f"objective ({manifest['objective']} there, {self.objective.name} now)")
         refuse(self.config.run_dir, differ)
 
-    def find_begun(self) -> dict[str, Any]:
-        """What this run has chosen when it was begun; nothing if it begins now. Every rank must call this.
+    def find_earlier_choices(self) -> dict[str, Any]:
+        """What this run chose for auto when it was started; empty if it starts now. Every rank must call this.
 
-        Nothing is written. Raises UserError if another run is in the folder, and RunError if that cannot be read now.
+        Writes nothing. Raises UserError if the folder belongs to another run, and RunError if it cannot be read now.
         """
 
         def look() -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Identity:
         return ranks.on_rank0(look)
 
     def about(self, chosen: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-        """What a manifest says of the run."""
+        """The part of a manifest that describes the run."""
         return {
             "config": nested(values_that_apply(self.config)),
             "data": self.data,
@@ -74,22 +74,22 @@ class Identity:
 def installed(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # distrib, where it is a folder that was not installed
+    except PackageNotFoundError:  # distrib, if it is used from its folder without being installed
         return None
 
 
-def choose(config: Config, begun: Mapping[str, Any], device: torch.device) -> tuple[Config, str]:
-    """`config` without auto in precision and compile, and in words which precision and why. Every rank must call this.
+def choose(config: Config, earlier: Mapping[str, Any], device: torch.device) -> tuple[Config, str]:
+    """`config` with precision and compile chosen if they are auto, and the precision in words. Every rank must call this.
 
-    A run that was begun keeps what it chose. Raises UserError if it cannot.
+    A run that resumes keeps what it chose when it started. Raises UserError if this device cannot do that.
     """
     try:
-        found, why = agree_on_precision(begun.get("precision", config.precision), device)
+        found, why = agree_on_precision(earlier.get("precision", config.precision), device)
     except UserError as error:
-        if not begun:
+        if not earlier:
             raise
-        way_out = "go on where it began, or give another run_dir"
-        raise UserError(f"{config.run_dir} was begun with precision={begun['precision']}: {way_out} ({error})") from None
-    mode: Any = begun.get("compile", "no" if config.compile == AUTO else config.compile)
-    why = "as the run began" if begun and config.precision == AUTO else why
+        way_out = "resume it on the kind of machine where it started, or give another run_dir"
+        raise UserError(f"{config.run_dir} was started with precision={earlier['precision']}: {way_out} ({error})") from None
+    mode: Any = earlier.get("compile", "no" if config.compile == AUTO else config.compile)
+    why = "as the run was started" if earlier and config.precision == AUTO else why
     return replace(config, precision=found, compile=mode), f"precision {found} ({why})"

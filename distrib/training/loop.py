@@ -1,4 +1,4 @@
-"""The loop: what a step does, and when a report, an evaluation and a checkpoint are due."""
+"""The training loop: a step, and when a report, an evaluation and a checkpoint are due."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -22,9 +22,9 @@ from distrib.training.state import TrainState, snapshot
 
 
 def fit(state: TrainState, run: Run) -> str:
-    """Train from `state.step` to the end of the schedule, or until someone asks to stop; returns who did, or "".
+    """Train from `state.step` to the end of the schedule, or until a stop is requested; returns who requested it, or "".
 
-    Every rank must call this. Raises RunError if numbers went wrong, or if the last state could not be saved.
+    Every rank must call this. Raises RunError if numbers are not finite, or if the last state cannot be saved.
     """
     config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
     vote, stopper, saved = StopVote(config), "", state.step
@@ -54,14 +54,14 @@ def fit(state: TrainState, run: Run) -> str:
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether what is done every so many steps is done after this one; after the last step, everything is."""
+    """Whether something that happens every `every` steps is due after `step`; after the last step, everything is due."""
     return step % every == 0 or step == total
 
 
 def train_step(state: TrainState, batch: Batch, run: Run) -> None:
-    """One optimizer step on this rank's share of a batch. Nothing here waits for the device, but for the scaler of fp16.
+    """One optimizer step on this rank's share of a batch. Only fp16's gradient scaler waits for the device.
 
-    What depends on the step and is not a tensor belongs here: one GPU records what `learn` does, and replays that.
+    Python code that depends on the step belongs here, and not in `learn`: a GPU records `learn` once and replays it.
     """
     seed_dropout(fold(run.config.seed, DROPOUT, state.step, run.accelerator.process_index), run.accelerator.device)
     set_learning_rate(state.optimizer, run.schedule(state.step))
@@ -70,42 +70,42 @@ def train_step(state: TrainState, batch: Batch, run: Run) -> None:
 
 
 def learn(state: TrainState, run: Run, batch: Batch) -> StepRecord:
-    """Change the weights by what a batch teaches, in micro-batches.
+    """Compute the gradient of a batch in micro-batches, and update the weights.
 
-    Each loss has the weight of its images, so micro-batches may be uneven: the gradient is that of the whole batch. If that is
-    not finite, on any rank, no rank's weights change.
+    Each loss is weighted by its number of images, so uneven micro-batches give the gradient of the whole batch. If the gradient
+    is not finite on some rank, the weights do not change on any rank.
     """
     reversible = run.config.nonfinite == "skip" or state.scaler
-    statistics = [(each, each.clone()) for each in state.network.buffers()] if reversible else []
-    parts, sums = batch.split(run.micro_batches), []
-    for i, (images, targets) in enumerate(parts, 1):
-        # The ranks need to agree on the gradient only once.
-        with nullcontext() if i == len(parts) else run.accelerator.no_sync(run.model):
+    statistics = [(buffer, buffer.clone()) for buffer in state.network.buffers()] if reversible else []
+    micro_batches, sums = batch.split(run.micro_batches), []
+    for i, (images, targets) in enumerate(micro_batches, 1):
+        # The ranks exchange gradients once, after the last micro-batch.
+        with nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
             loss, measured = run.objective.train(run.model(images), targets)
-            share = len(targets) / len(batch.targets)
+            weight = len(targets) / len(batch.targets)
             scaled = state.scaler.scale(loss) if state.scaler else loss
-            # A loss that is not finite makes the gradient so, since 0 times it is nan: thus all ranks get to know.
-            scaled.backward(gradient=share + 0 * loss.detach())
+            # 0 * loss is nan if the loss is not finite: then the gradient is nan on all ranks, so that all of them notice.
+            scaled.backward(gradient=weight + 0 * loss.detach())
         sums.append(measured)
 
-    withheld, odd = update(state, run)
+    skipped, error = update(state, run)
     for buffer, before in statistics:
-        buffer.copy_(torch.where(withheld == 0, buffer, before))
+        buffer.copy_(torch.where(skipped == 0, buffer, before))
     if state.ema is not None:
         update_ema(*state.averaged, run.config.optim.ema_decay)
-    return StepRecord.of(odd, sums, [len(targets) for _, targets in parts])
+    return StepRecord.of(error, sums, [len(targets) for _, targets in micro_batches])
 
 
 def update(state: TrainState, run: Run) -> tuple[Tensor, Tensor]:
-    """Step the optimizer, unless the gradient is not finite; returns whether nothing was changed, and whether that is odd.
+    """Step the optimizer if the gradient is finite. Returns whether the step was skipped, and whether that is an error.
 
-    Each is 1.0 or 0.0. fp16's scaler looks for itself, for which the host waits, and gradients that overflow are its daily
-    work: they are odd only where it can go no lower.
+    Both are tensors of 1.0 or 0.0. In fp16 the gradient scaler decides, and the host waits for it. It expects overflows while
+    it lowers the scale: a skipped step is an error only if the scale cannot go lower.
     """
     optimizer: Any = state.optimizer
     if not state.scaler:
-        optimizer = optimizer.optimizer  # accelerate's looks for a package on the disk in each step, which takes 0.14 ms
-        optimizer.found_inf = nonfinite(state.weights)  # read on the device, by torch's fused optimizers and by ours
+        optimizer = optimizer.optimizer  # accelerate's wrapper searches the disk for a package in each step: 0.14 ms
+        optimizer.found_inf = nonfinite(state.weights)  # torch's fused optimizers and Muon read it on the device
     if run.config.optim.clip_norm:
         run.accelerator.clip_grad_norm_(state.weights, run.config.optim.clip_norm)
     optimizer.step()
@@ -113,22 +113,22 @@ def update(state: TrainState, run: Run) -> tuple[Tensor, Tensor]:
     if not state.scaler:
         return optimizer.found_inf, optimizer.found_inf
     overflow = run.accelerator.optimizer_step_was_skipped
-    daily = overflow and state.scaler.get_scale() >= 1
-    state.skipped_steps += daily
-    withheld, odd = torch.tensor([overflow, overflow and not daily], dtype=torch.float32, device=run.accelerator.device)
-    return withheld, odd
+    expected = overflow and state.scaler.get_scale() >= 1
+    state.skipped_steps += expected
+    skipped, error = torch.tensor([overflow, overflow and not expected], dtype=torch.float32, device=run.accelerator.device)
+    return skipped, error
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Make what layers such as dropout draw next a function of `seed`; torch.manual_seed would take 70 times as long."""
+    """Seed the generators that layers such as dropout draw from. torch.manual_seed takes 70 times as long."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
 
 
 def report(state: TrainState, run: Run) -> None:
-    """Report the training since the last report, over all ranks. Every rank must call this."""
-    collect_records(state, run)  # waits for the device, so that the clock counts what was done
+    """Report the steps since the last report, over all ranks. Every rank must call this."""
+    collect_records(state, run)  # waits for the device, so that the measured time includes its work
     values = summed(state.totals, run.accelerator).values(run.objective.meters)
     values |= {"lr": run.schedule(state.step - 1), "images_per_second": run.stopwatch.lap() * run.config.batch_size}
     if state.skipped_steps or state.scaler:
@@ -141,12 +141,12 @@ def report(state: TrainState, run: Run) -> None:
 
 
 def validate(state: TrainState, run: Run) -> None:
-    """Evaluate the network, and the moving average if there is one; remember how good it was. Every rank must call this."""
+    """Evaluate the network, and its moving average if there is one, and store the result. Every rank must call this."""
     networks: dict[str, nn.Module] = {"val": state.network}
     if state.ema is not None:
         networks["val_ema"] = state.ema
     collect_records(state, run)
-    size = -(-run.loader.steps.share // run.micro_batches)  # images that are known to fit in memory at once
+    size = -(-run.loader.steps.share // run.micro_batches)  # so many images fit in memory at once: training uses as many
     with run.stopwatch.during("evaluation"):
         for group, network in networks.items():
             work = partial(evaluate, network, run.loader, run.objective, run.accelerator, size, run.config.tta)
@@ -158,17 +158,17 @@ def validate(state: TrainState, run: Run) -> None:
 
 
 def save(state: TrainState, run: Run) -> int:
-    """Begin to write a checkpoint; returns its step. A failure of the one before is reported. Every rank must call this.
+    """Start to write a checkpoint; returns its step. Reports if the previous save failed. Every rank must call this.
 
-    Raises RunError if a step was not finite or the ranks' weights differ: that is not worth saving.
+    Raises RunError if a step was not finite or the ranks' weights differ: such a state is not saved.
     """
-    collect_records(state, run)  # waits for the steps that a GPU has yet to do, in their own time
+    collect_records(state, run)  # waits for the device here, so that this time counts as steps and not as saving
     with run.stopwatch.during("save"):
         check_replicas(state, run.accelerator)
         failure = ranks.broadcast_object(run.saver.wait())
         if failure:
-            run.log.warn(f"{failure}; it is tried again now")
-        run.log.flush()  # the checkpoint will say that all up to here is done
+            run.log.warn(f"{failure}; trying again now")
+        run.log.flush()  # what is logged up to this step must be on the disk before the checkpoint is
         move_to_rank0(state, run)
         state.kept_seconds += run.stopwatch.taken()
         if run.accelerator.is_main_process:
@@ -178,7 +178,7 @@ def save(state: TrainState, run: Run) -> int:
 
 
 def move_to_rank0(state: TrainState, run: Run) -> None:
-    """Move the ranks' totals to rank 0, which reports or saves them. Every rank must call this."""
+    """Add the totals of all ranks on rank 0, and reset those of the others. Every rank must call this."""
     pooled = summed(state.totals, run.accelerator)
     flat = pooled.flat().cpu()
     state.totals = pooled.with_values(flat if run.accelerator.is_main_process else torch.zeros_like(flat))

@@ -1,4 +1,4 @@
-"""Meters: what is measured of logits and targets. Each is a sum over images, over batches and ranks, divided once, last."""
+"""Meters: numbers measured on logits and targets. Each is a sum over images, batches and ranks, divided once, at the end."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,36 +14,36 @@ Sums = dict[str, Tensor]  # by the name of a meter: tensors of any shape
 
 @dataclass(frozen=True)
 class Meter:
-    """A number to report: how images add up to it, and how it is printed.
+    """A number to report: how it is summed over images, and how it is printed.
 
-    `sums` turns logits (n, classes) and targets into a tensor of any shape, which stays on the device: a sum over the images.
-    `value` turns the sum over all images, on the host, and their number into what is reported.
+    `sums(logits, targets)` returns a tensor of any shape, summed over the images; it stays on the device. `value(sum, images)`
+    turns the sum over all images, on the host, and their number into the reported number.
     """
 
     sums: Callable[[Tensor, Tensor], Tensor]
     value: Callable[[Tensor, float], float]
     form: str = "{:.2f} %"
     higher_is_better: bool = True
-    least_classes: int = 1  # with fewer it says nothing, and is left out
+    least_classes: int = 1  # with fewer classes the meter is left out
 
 
 def class_ids(targets: Tensor) -> Tensor:
-    """The class of each image, (n,): of targets (n, classes), the one with the most weight."""
+    """The class of each image, (n,): for targets (n, classes), the class with the largest weight."""
     return targets if targets.dim() == 1 else targets.argmax(1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """In nats."""
+    """Cross-entropy in nats, summed over the images."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many images have the largest logit at their class."""
+    """The number of images whose largest logit is at their class."""
     return (logits.argmax(1) == class_ids(targets)).sum()
 
 
 def hits_in_five(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many images have one of the five largest logits at their class."""
+    """The number of images that have one of their five largest logits at their class."""
     return (logits.topk(5).indices == class_ids(targets)[:, None]).sum()
 
 
@@ -55,7 +55,7 @@ def percent(total: Tensor, images: float) -> float:
     return 100 * total.item() / images
 
 
-# What is reported beside the loss, of every objective that does not say otherwise.
+# The default meters of an objective, beside the loss.
 METERS = {
     "top1": Meter(hits, percent),
     "top5": Meter(hits_in_five, percent, least_classes=6),
@@ -63,36 +63,36 @@ METERS = {
 
 
 class Totals(NamedTuple):
-    """Sums over `images`, which are float64: counts are exact in it up to 2^53."""
+    """Sums over a number of `images`, in float64, where counts are exact up to 2^53."""
 
     sums: Sums
     images: Tensor
 
     @classmethod
     def of_none(cls, device: torch.device | str = "cpu") -> "Totals":
-        """Over no images."""
+        """Totals over no images."""
         return cls({}, torch.zeros((), dtype=torch.float64, device=device))
 
     def plus(self, sums: Mapping[str, Tensor], images: int) -> "Totals":
-        """With the sums of more images."""
+        """Totals with the sums of more images added."""
         more = {name: each.double() for name, each in sums.items()}
         return Totals(
             {name: self.sums[name] + each if self.sums else each for name, each in more.items()}, self.images + images
         )
 
     def flat(self) -> Tensor:
-        """All numbers in one vector, so that one exchange is enough for them."""
+        """All numbers in one vector, for one collective."""
         return torch.cat([each.reshape(-1) for each in (*self.sums.values(), self.images)])
 
     def with_values(self, flat: Tensor) -> "Totals":
-        """Totals of the same form, from such a vector."""
+        """Totals of the same shapes, from a vector that `flat` returned."""
         shapes = [each.shape for each in (*self.sums.values(), self.images)]
         pieces = torch.split(flat, [math.prod(shape) for shape in shapes])
         *values, images = (piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
         return Totals(dict(zip(self.sums, values, strict=True)), images)
 
     def values(self, meters: Mapping[str, Meter]) -> dict[str, float]:
-        """What is reported, by meter; over no images it is nan. This waits for the device."""
+        """The reported number of each meter; nan over no images. Waits for the device."""
         host = self.with_values(self.flat().cpu())
         images = host.images.item() or math.nan
         return {name: meter.value(host.sums[name], images) for name, meter in meters.items() if name in host.sums}

@@ -1,4 +1,4 @@
-"""What is learned: an `Objective` turns logits and targets into a loss and meters. Nothing else knows what a target means."""
+"""An `Objective` computes the loss and the meters from logits and targets. Nothing else knows what a target means."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,29 +13,29 @@ from distrib.training.meters import METERS, Meter, Sums, mean
 
 
 class Objective:
-    """A loss and what is reported beside it. Override `loss`; the rest follows, and can be overridden too.
+    """A loss and its meters. A subclass must override `loss`; it may override the rest.
 
     Logits are (n, classes) floats; targets are class ids, (n,) int64, or (n, classes) floats.
     """
 
-    main = "top1"  # the meter that tells which checkpoint is best
-    while_training = ("top1",)  # the meters, beside the loss, that are cheap enough for each step
+    main = "top1"  # the meter that decides which checkpoint is best
+    while_training = ("top1",)  # the meters, beside the loss, that each training step measures
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the images of what is trained on, a scalar."""
+        """The loss that is trained on: the mean over the images, a scalar."""
         raise NotImplementedError
 
     @cached_property
     def meters(self) -> Mapping[str, Meter]:
-        """What an evaluation reports, by name, in the order in which it is printed."""
+        """The meters of an evaluation by name, in the order in which they are printed."""
         return {"loss": Meter(self.loss_sum, mean, "{:.4f}", higher_is_better=False), **METERS}
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """What an evaluation reports as the loss: a sum over the images."""
+        """The loss that an evaluation reports, summed over the images."""
         return self.loss(logits.float(), targets) * len(targets)
 
     def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
-        """The loss, and the sums that are reported while training."""
+        """The loss, and the sums of the meters of a training step."""
         loss, reported = self.losses(logits, targets)
         return loss, {
             "loss": reported.detach().double() * len(targets),
@@ -43,12 +43,12 @@ class Objective:
         }
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss that is trained on, and the one that is reported."""
+        """The loss that is trained on and the loss that is reported, both as means."""
         loss = self.loss(logits, targets)
         return loss, loss
 
     def measure(self, logits: Tensor, targets: Tensor, names: tuple[str, ...] | None = None) -> Sums:
-        """The sums of these meters, or of all; they stay on the device."""
+        """The sums of the meters `names`, or of all; they stay on the device."""
         classes = logits.shape[1]
         return {
             name: meter.sums(logits, targets)
@@ -57,20 +57,20 @@ class Objective:
         }
 
     def score(self, values: Mapping[str, float]) -> float:
-        """How good an evaluation was, by what it reported: higher is better."""
+        """The quality of an evaluation, from its reported values: higher is better."""
         return values[self.main] if self.meters[self.main].higher_is_better else -values[self.main]
 
     @property
     def name(self) -> str:
-        """A run goes on only with an objective of the same name."""
+        """The name in the manifest: a run resumes only with an objective of the same name."""
         return type(self).__name__
 
 
 class CrossEntropy(Objective):
-    """Softmax cross-entropy in nats, of which a part `smoothing` of a label's weight is spread over all classes.
+    """Softmax cross-entropy in nats, with label smoothing: a fraction `smoothing` of the weight is spread over all classes.
 
-    Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016, section 7. The reported loss is the plain
-    one, so that runs with other smoothing compare, and training with validation.
+    Szegedy et al., "Rethinking the Inception architecture for computer vision", 2016, section 7. The reported loss is without
+    smoothing, so that runs with different smoothing, and training and validation, can be compared.
     """
 
     def __init__(self, smoothing: float = 0.0) -> None:
@@ -83,7 +83,7 @@ class CrossEntropy(Objective):
         return meters.cross_entropy(logits, targets)
 
     def losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The smoothed loss, and the plain one; both out of one softmax."""
+        """The loss with and without smoothing, from one softmax."""
         logs = F.log_softmax(logits, dim=1)
         plain = F.nll_loss(logs, targets) if targets.dim() == 1 else -(targets * logs).sum(1).mean()
         return (1 - self.smoothing) * plain - self.smoothing * logs.mean() if self.smoothing else plain, plain
@@ -94,7 +94,7 @@ def cross_entropy(config: ObjectiveConfig) -> Objective:
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective `config.objective.name`. Raises UserError if there is none of that name."""
+    """The objective `config.objective.name`. Raises UserError if it is unknown."""
     refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
     objective: Objective = lookup(OBJECTIVES, config.objective.name)(config.objective)
     return objective

@@ -18,7 +18,7 @@ from distrib.training.muon import Muon
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step: up linearly to `peak` in `warmup` steps, then down to 0 at step `total`."""
+    """The learning rate of each step: it rises linearly to `peak` in `warmup` steps, then falls to 0 at step `total`."""
 
     peak: float
     warmup: int
@@ -33,19 +33,19 @@ class Schedule:
 
 
 def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
-    """The one place where epochs become steps."""
+    """The schedule in steps. Only here are epochs converted to steps."""
     total = max(1, round(config.epochs * steps_per_epoch))
     warmup = min(total - 1, round(config.optim.warmup_epochs * steps_per_epoch))
     return Schedule(config.optim.lr, warmup, total, config.optim.schedule)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> Optimizer:
-    """An optimizer whose groups have a learning rate of their own, `scale` times that of the step."""
+    """An optimizer whose groups have learning rates of `scale` times that of the step."""
     groups = parameter_groups(model, config)
     device = groups[0]["params"][0].device
     on_gpu = fused and device.type == "cuda"
     for group in groups if on_gpu else ():
-        group["lr"] = torch.tensor(config.lr, device=device)  # where a step that is replayed reads it anew
+        group["lr"] = torch.tensor(config.lr, device=device)  # a replayed step reads it from the device
     if config.name == "adamw":
         return AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused, capturable=on_gpu)
     optimizer = Muon if config.name == "muon" else partial(SGD, nesterov=config.momentum > 0)
@@ -61,14 +61,14 @@ def with_momentum(optimizer: SGD) -> SGD:
 
 
 def build_ema(model: nn.Module, decay: float) -> nn.Module | None:
-    """A network for the moving average of another one's weights, of which it is a copy at first; None if decay is 0."""
+    """A copy of a network, for the moving average of its weights; None if decay is 0."""
     return deepcopy(model).requires_grad_(False) if decay else None
 
 
 def update_ema(means: list[Tensor], values: list[Tensor], decay: float) -> None:
-    """Move each mean a part 1 - `decay` of the way to its value.
+    """Update each mean: decay * mean + (1 - decay) * value.
 
-    torch's AveragedModel would bring a counter of its own to the device in each step, and wait for it.
+    torch's AveragedModel copies a counter to the device in each step and waits for it.
     """
     get_ema_multi_avg_fn(decay)(means, values, None)  # type: ignore[no-untyped-call]
 

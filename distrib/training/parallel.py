@@ -1,4 +1,4 @@
-"""The door to Accelerate: mixed precision and DDP, whatever the user's own settings of accelerate are."""
+"""Accelerate's part in training: mixed precision and DDP. The user's own accelerate settings are kept out."""
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
@@ -12,7 +12,7 @@ from distrib.runtime.environment import accelerate_settings_hidden
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """An Accelerator with `config.precision`, which is no longer auto. An earlier run of this process may have had another."""
+    """An Accelerator with `config.precision`. The state of an earlier run in this process is reset."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
     hook = DDPCommunicationHookType(config.comm_hook)
@@ -25,17 +25,17 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def wrap(accelerator: Accelerator, network: nn.Module, optimizer: Optimizer, compiled: str) -> tuple[nn.Module, Optimizer]:
-    """What a step calls, `network` inside DDP if there are several ranks, and its optimizer. Every rank must call this."""
+    """The model that a step calls, wrapped in DDP if there are several ranks, and its optimizer. Every rank must call this."""
     if compiled != "no":
         network.compile(mode=compiled)  # in place, so that its weights keep their names
     model, optimizer = accelerator.prepare(network, optimizer)
     if isinstance(model, DistributedDataParallel):
-        # Batch statistics are made equal when they are used: in each forward pass that would be a collective that waits.
-        model.broadcast_buffers = False  # set here, since DDP's option of this name is being replaced by another
+        # Evaluation broadcasts batch statistics before it uses them; DDP would do it in each forward pass, and wait.
+        model.broadcast_buffers = False  # set here, since DDP's argument of this name is deprecated
     return model, optimizer
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> None:
-    """Take back what `wrap` did to the network, which may be trained again: in its own precision, and not compiled."""
+    """Undo what `wrap` did to the network, so that it can be trained again: autocast and compilation."""
     network = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    network._compiled_call_impl = None  # torch's Module.compile has no way back of its own
+    network._compiled_call_impl = None  # Module.compile has no public way to undo it

@@ -1,4 +1,4 @@
-"""Mixed precision where the device is good at it, and right: bf16 is tried out before it is trusted."""
+"""Mixed precision where the device is fast at it and correct: bf16 is tested before it is used."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ from distrib.runtime import ranks
 
 Precision = Literal["no", "bf16", "fp16"]
 
-TOLERANCE = 0.05  # of the largest value: a bf16 product is off by about 0.01, a wrong one by 1 and more
+TOLERANCE = 0.05  # relative to the largest value: a correct bf16 result is off by about 0.01, a wrong one by 1 or more
 
 
 def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision to train in, and the reason in words. Raises UserError if the device cannot do what was asked for."""
+    """The precision to train in, and the reason in words. Raises UserError if the device cannot do what was requested."""
     if asked == "no":
         return "no", "as asked"
     if asked == "fp16":
@@ -35,7 +35,7 @@ def choose_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
 
 
 def agree_on_precision(asked: str, device: torch.device) -> tuple[Precision, str]:
-    """The precision of all ranks, and the reason in words: none, if one of them can do no other. Every rank must call this."""
+    """The precision of all ranks, and the reason in words: bf16 only if it works on all of them. Every rank must call this."""
     mistake, choice = None, None
     try:
         choice = choose_precision(asked, device)
@@ -64,9 +64,9 @@ def cpu_has(feature: str) -> bool:
 
 
 def bf16_error(device: torch.device) -> float:
-    """How far bf16 convolutions and their gradients are from fp32's, as a part of the largest value.
+    """The error of bf16 convolutions and their gradients against fp32, relative to the largest value.
 
-    Some CPUs get some kernel sizes wrong (pytorch#163347), so each kind of kernel that networks are made of is tried.
+    Some CPUs compute some kernel sizes wrongly (pytorch#163347), so each kind of kernel that networks use is tested.
     """
     kinds = [(1, 1, 0), (2, 1, 0), (2, 2, 0), (3, 1, 1), (3, 2, 1), (7, 2, 3)]  # kernel, stride, padding
     return max(error_of(device, *kind) for kind in kinds)

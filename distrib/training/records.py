@@ -1,4 +1,4 @@
-"""What a step leaves to be read later. It stays on the device until somebody waits for that anyway."""
+"""The record of a step: it stays on the device until a report or a save waits for the device anyway."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from distrib.training.meters import Sums
 
 
 class StepRecord(NamedTuple):
-    """Of one step, in a vector: 1.0 if its gradient was not finite, else 0.0; then the sums of each micro-batch."""
+    """The result of one step as a vector: 1.0 if its gradient was not finite, else 0.0; then the sums of each micro-batch."""
 
     values: Tensor
-    images: list[int]  # of each micro-batch
-    shapes: dict[str, torch.Size]  # of the sums of one
+    images: list[int]  # number of images in each micro-batch
+    shapes: dict[str, torch.Size]  # of the sums of one micro-batch
 
     @classmethod
     def of(cls, nonfinite: Tensor, sums: list[Sums], images: list[int]) -> "StepRecord":

@@ -1,7 +1,7 @@
-"""A step's work on a GPU, recorded once as a CUDA graph and then replayed: the host starts one thing in place of hundreds.
+"""A training step on one GPU is recorded once as a CUDA graph and then replayed: one launch instead of hundreds.
 
-A small network's kernels take a GPU less time than it takes the host to start them, one by one. What is replayed are the same
-kernels on the same memory, so that the numbers are the same, too.
+The kernels of a small network take less time than the host needs to launch them. A replay runs the same kernels on the same
+memory, so its results are the same.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,29 @@ from distrib.data.loaders import Batch
 from distrib.errors import one_line
 from distrib.training.records import StepRecord
 
-WARM_UP = 3  # steps before the recording: in the first ones, libraries and optimizers make what they keep
+WARM_UP = 3  # steps before the recording, in which libraries and optimizers allocate what they keep
 
 T = TypeVar("T")
-Work = Callable[[Batch], StepRecord]  # all that a step has a device do with a batch, and what it leaves to be read
+Work = Callable[[Batch], StepRecord]  # everything that a step computes on the device, and its record
 
 
 def can_replay(config: Config, device: torch.device, world: int, *, scaled: bool) -> bool:
-    """Whether a step's work can be recorded: on one GPU, if the host waits for none of it and no part is a graph already.
+    """Whether a step can be recorded: on one GPU, if the host waits for nothing in it and no part of it is a graph already.
 
-    It waits for the scaler if gradients are `scaled`, as in fp16.
+    If gradients are `scaled`, as in fp16, the host waits for the scaler.
     """
     alone = device.type == "cuda" and world == 1
     return config.cuda_graph and alone and not scaled and config.compile in ("auto", "no", "default")
 
 
 class Recording:
-    """A CUDA graph of some work, the memory from which it takes a batch, and that in which it leaves its record."""
+    """A CUDA graph of a step, with the memory of its batch and of its record."""
 
     def __init__(self, work: Work, like: Batch) -> None:
         self.batch, self.graph = Batch(*map(torch.empty_like, like)), torch.cuda.CUDAGraph()
         stream, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         try:
-            # thread_local: what other threads do meanwhile, such as writing a checkpoint, is not part of it.
+            # thread_local: other threads, such as the one that writes a checkpoint, may use CUDA meanwhile.
             with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):
                 self.record = work(self.batch)
         except RuntimeError:
@@ -52,22 +52,22 @@ class Recording:
 
 
 def abandon(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """Undo what the beginning of a recording has done, where the recording failed: torch leaves some of it."""
+    """Clean up after a recording that failed: torch leaves some of its state behind."""
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
-    generator.graphsafe_set_state(generator.clone_state())  # else dropout fails from now on
+    generator.graphsafe_set_state(generator.clone_state())  # otherwise dropout fails from now on
     names = "_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"  # from torch 2.8 on, and before
     end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
     with suppress(RuntimeError):  # from torch 2.13 on it is done already
-        end(device, pool)  # else memory that two streams have used is never free again
+        end(device, pool)  # otherwise memory that two streams used is never freed
         torch._C._cuda_releasePool(device, pool)
 
 
 class Replay:
-    """Does the work of each step: the first few times as it is, then, if that is `wanted`, by replaying a recording of it.
+    """Runs the work of each step: the first few times directly, then, if `wanted`, by replaying a recording.
 
-    If it cannot be recorded, `undo` takes back what the attempt has left, `failure` says why, and all goes on without.
+    If the recording fails, `undo` is called, `failure` says why, and steps run without a recording.
     """
 
     def __init__(self, *, wanted: bool = False, undo: Callable[[], None] = lambda: None) -> None:
@@ -81,20 +81,20 @@ class Replay:
         if not self.wanted or self.steps <= WARM_UP:
             return work(batch)
         try:
-            self.recording = Recording(work, batch)  # nothing is computed yet
-        except RuntimeError as error:  # something in it waits for the GPU, or there is no memory for it
+            self.recording = Recording(work, batch)  # this computes nothing yet
+        except RuntimeError as error:  # a part of it waits for the GPU, or memory is too small
             self.wanted, self.failure = False, f"a step cannot be recorded, so cuda_graph is off: {one_line(error)}"
             self.undo()
-        return self.recording(batch) if self.recording else work(batch)  # here, where the error keeps nothing any more
+        return self.recording(batch) if self.recording else work(batch)  # after the except block, where the error held memory
 
     def beside(self, work: Callable[[], T]) -> T:
-        """Do other work. If memory lacks for it, the recording is given up first, which holds on to that of a whole step."""
+        """Run other work. If it runs out of memory, drop the recording, which holds the memory of a step, and run it again."""
         try:
             return work()
         except torch.OutOfMemoryError:
             if not self.recording:
                 raise
         self.wanted, self.recording = False, None
-        self.failure = "there is no memory for an evaluation beside a recorded step, so cuda_graph is off"
+        self.failure = "too little memory for an evaluation beside a recorded step, so cuda_graph is off"
         torch.cuda.empty_cache()
         return work()

@@ -1,4 +1,4 @@
-"""All that changes while a run goes on; how it becomes a checkpoint, and how a checkpoint becomes it again."""
+"""The state of a run: everything that changes during training, and how it is saved and restored."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from distrib.training.meters import Totals
 OPTIMIZER, SUMS, IMAGES = "optimizer.", "sums.", "images"  # names in training.safetensors
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
-# A checkpoint's numbers, with their types in JSON. One that an earlier version did not save has its default.
+# The numbers in a checkpoint, with their JSON types. A number that an earlier version did not save has its default.
 NUMBER_TYPES: dict[str, type] = {
     "step": int,
     "evaluated_step": int,
@@ -37,41 +37,41 @@ NUMBER_TYPES: dict[str, type] = {
 
 @dataclass
 class TrainState:
-    """All that changes while a run goes on."""
+    """Everything that changes during training."""
 
     network: nn.Module
-    optimizer: Optimizer  # as accelerate has prepared it
+    optimizer: Optimizer  # wrapped by accelerate
     ema: nn.Module | None = None  # the moving average of the network's weights
     totals: Totals = field(default_factory=Totals.of_none)  # of this rank's training images since the last report
     step: int = 0
     evaluated_step: int = 0
-    values: dict[str, float] = field(default_factory=dict)  # of the last evaluation: the average's, if there is one
+    values: dict[str, float] = field(default_factory=dict)  # of the last evaluation; of the moving average if there is one
     best_step: int = 0
     best_values: dict[str, float] = field(default_factory=dict)
-    skipped_steps: int = 0  # since gradients overflowed in fp16, or were not finite
+    skipped_steps: int = 0  # because a gradient overflowed in fp16 or was not finite
     nonfinite_in_a_row: int = 0
-    kept_seconds: float = 0.0  # of steps and evaluations that led here
+    kept_seconds: float = 0.0  # spent in the steps and evaluations that led to this state
 
     @property
     def scaler(self) -> Any:
-        """fp16's, which is on the optimizer that accelerate prepared; None otherwise."""
+        """fp16's gradient scaler, an attribute of accelerate's optimizer; None in other precisions."""
         return getattr(self.optimizer, "scaler", None)
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:
-        """The parameters, listed once: to find them in a network takes as long as a small network's step."""
+        """The parameters, listed once: walking the modules takes as long as a step of a small network."""
         return list(self.network.parameters())
 
     @cached_property
     def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Each tensor of the moving average, and what it is the average of."""
+        """The tensors of the moving average, and the tensors that they average."""
         assert self.ema is not None
         pairs = zip(self.ema.state_dict().values(), self.network.state_dict().values(), strict=True)
         means, values = zip(*((mean, value) for mean, value in pairs if mean.is_floating_point()), strict=True)
         return list(means), list(values)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the run, by the file that it is saved in and its name there."""
+        """Every tensor of the state, by file and by name in that file."""
         names = {id(each): name for name, each in self.network.named_parameters()}
         memory = {
             f"{OPTIMIZER}{names[id(weight)]}.{key}": each
@@ -84,16 +84,16 @@ class TrainState:
         return {MODEL: self.network.state_dict(), EMA: averages, TRAINING: memory | sums}
 
     def numbers(self) -> dict[str, Any]:
-        """All that is no tensor."""
+        """Everything in the state that is not a tensor."""
         numbers = {name: getattr(self, name) for name in NUMBER_TYPES}
         return numbers | {"scaler": self.scaler.state_dict() if self.scaler else {}}
 
 
 def snapshot(state: TrainState, earlier: Snapshot | None, score: float | None) -> Snapshot:
-    """Copy `state`, into the memory of an `earlier` snapshot if there is one. Training waits for this, and for no more.
+    """Copy `state`, into the memory of an `earlier` snapshot if there is one. This copy is all that training waits for.
 
-    The copies lie in memory as the originals do: to bring channels last into another order would take three times as long.
-    Those of a GPU's tensors are pinned: only so does a copy run at the speed of the bus.
+    A copy has the memory format of its original: converting channels last takes three times as long. Copies of GPU tensors are
+    in pinned memory, to use the full speed of the bus.
     """
     files: dict[str, dict[str, Tensor]] = {}
     for file, tensors in state.files().items():
@@ -107,15 +107,15 @@ def snapshot(state: TrainState, earlier: Snapshot | None, score: float | None) -
 
 
 def progress(numbers: dict[str, Any]) -> dict[str, Any]:
-    """What status.json says of a state's numbers."""
+    """The numbers of a state that status.json shows."""
     return {"step": numbers["step"], "kept_seconds": numbers["kept_seconds"], **numbers["values"]}
 
 
 def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str, Any]], None]) -> list[str]:
-    """Put the newest intact checkpoint into `state`, if there is one; returns lines for the user. Every rank must call this.
+    """Load the newest intact checkpoint into `state`, if there is one; returns lines for the user. Every rank must call this.
 
-    Rank 0 chooses. `refuse_another(manifest)` raises UserError if a checkpoint is of another run. Raises UserError if it is, or
-    if another rank sees something else; and RunError if it cannot be read now.
+    Rank 0 chooses the checkpoint. `refuse_another(manifest)` raises UserError if it belongs to another run. Raises UserError
+    also if the files of another rank differ, and RunError if the checkpoint cannot be read now.
     """
 
     def check(folder: Path, manifest: dict[str, Any]) -> None:
@@ -130,11 +130,11 @@ def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str
     try:
         with as_outcomes(folder):
             if any(sha256(folder / name) != file["sha256"] for name, file in manifest["files"].items()):
-                raise Torn("a file has other content here than on rank 0")
+                raise Torn("a file differs from that on rank 0")
             put_tensors(folder, state)
             put_numbers(folder / NUMBERS, state)
     except Torn as why:
-        error = UserError(f"{folder} is not the same for all ranks ({why}): is run_dir shared by all machines?")
+        error = UserError(f"{folder} differs between ranks ({why}): is run_dir on a file system that all machines share?")
     except (UserError, RunError) as met:
         error = met
     ranks.raise_on_all(error)
@@ -151,7 +151,7 @@ def put_numbers(path: Path, state: TrainState) -> None:
 
 
 def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and type of each tensor in a file, of which no more than the header is read. Raises Torn."""
+    """The shape and type of each tensor in a file; reads only its header. Raises Torn."""
 
     def read() -> dict[str, tuple[torch.Size, torch.dtype]]:
         with safe_open(path, framework="pt") as file:
@@ -165,7 +165,7 @@ def shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def check_tensors(folder: Path, state: TrainState) -> None:
-    """Raise UserError unless the tensors of a checkpoint are those of the network in `state` and of its optimizer."""
+    """Raise UserError unless the tensors of a checkpoint fit the network and the optimizer in `state`."""
     expected = {
         file: {name: (each.shape, each.dtype) for name, each in tensors.items()} for file, tensors in state.files().items()
     }
@@ -182,20 +182,16 @@ def check_tensors(folder: Path, state: TrainState) -> None:
 
 
 def tensor_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """What sets two lists of tensors apart, in words: the first few names."""
-    odd = [
-        f"{name} is {list(there[name][0])} there, {list(now[name][0])} now"
-        for name in now
-        if name in there and there[name] != now[name]
-    ]
-    odd += [f"{name} is only there" for name in there if name not in now] + [
-        f"{name} is only now" for name in now if name not in there
-    ]
-    return ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+    """The first few differences between two lists of tensors, in words."""
+    changed = [name for name in now if name in there and there[name] != now[name]]
+    found = [f"{name} is {list(there[name][0])} there, {list(now[name][0])} now" for name in changed]
+    found += [f"{name} is only there" for name in there if name not in now]
+    found += [f"{name} is only now" for name in now if name not in there]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def check_numbers(path: Path, step: int) -> None:
-    """Raise Torn unless a file has the numbers of a run, of the right types, and is of `step`; UserError if it has more."""
+    """Raise Torn unless a file holds the numbers of a run at `step`, with the right types; UserError if some are unknown."""
     numbers = read_numbers(path)
     if not isinstance(numbers, dict):
         raise Torn(f"{path.name} has no numbers")
@@ -231,16 +227,16 @@ def put_tensors(folder: Path, state: TrainState) -> None:
         if name.startswith(OPTIMIZER):
             owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
             like = weights[owner]
-            # Fused optimizers go through a weight and its momentum side by side: they must lie in memory alike.
+            # A fused optimizer needs a weight and its momentum in the same memory format.
             memory.setdefault(like, {})[key] = torch.empty_like(like).copy_(tensor) if tensor.dim() else tensor
         elif name.startswith(SUMS):
-            sums[name.removeprefix(SUMS)] = tensor * ranks.is_rank0()  # the others' were moved to rank 0 before they were saved
+            sums[name.removeprefix(SUMS)] = tensor * ranks.is_rank0()  # a save moves the totals of all ranks to rank 0
     load_memory(state.optimizer, memory)
     state.totals = Totals(sums, found[IMAGES] * ranks.is_rank0())
 
 
 def load_memory(optimizer: Optimizer, memory: dict[nn.Parameter, dict[str, Tensor]]) -> None:
-    """Give an optimizer what it remembered of each weight, by way of the state_dict that torch's optimizers know."""
+    """Load the saved state of each weight into an optimizer, through its state_dict."""
     numbered = [weight for group in optimizer.param_groups for weight in group["params"]]
     values = {index: memory[weight] for index, weight in enumerate(numbered) if weight in memory}
     optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -19,7 +19,7 @@ from test_survival import FILES, KEYS
 
 SCRIPT = "launch/slurm.sbatch"
 REPORT = r"^epoch .* step [\d,]+/[\d,]+  train"
-STOPPED = r"^stopped by (\w+) after step (\d+), which is saved: the same command goes on$"
+STOPPED = r"^stopped by (\w+) after step (\d+), which is saved: run the same command to resume$"
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +229,8 @@ def test_a_killed_rank_ends_its_job_which_is_tried_again_only_as_often_as_asked(
     slurm.do("at", "node2", *kill)
     failed = slurm.wait(job.id, "FAILED", timeout=30)
     assert (failed["Restarts"], failed["NodeList"]) == ("1", "node[1-2]")
-    assert job.output.read_text().count("distrib: rank 1 is gone, so that the others leave too") == 2
-    assert json.loads((job.run_dir / "status.json").read_text())["cause"] == "rank 1 is gone"
+    assert job.output.read_text().count("distrib: rank 1 has exited, so the other ranks exit too") == 2
+    assert json.loads((job.run_dir / "status.json").read_text())["cause"] == "rank 1 has exited"
     attempts = [json.loads(line) for line in (job.run_dir / "attempts.jsonl").read_text().splitlines()]
     assert [attempt["restarts"] for attempt in attempts] == [0, 1]
 
