@@ -60,7 +60,7 @@ def train(
     began = time.time() if began is None else began
     config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
     with signals.listening(), Watchdog(config) as stopwatch, ExitStack() as cleanup:
-        device = ranks.join(config).device
+        device = ranks.connect(config).device
         data = source or load_shared(config.data)
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)

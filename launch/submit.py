@@ -153,7 +153,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         stray = next((each for each in passed if not each.startswith("-")), None)
         if stray:
-            raise UserError(f"what is {stray!r}? A config and its keys follow '--', and options of sbatch are --name=value")
+            raise UserError(
+                f"unexpected argument {stray!r}: a config and its keys follow '--', and options of sbatch are --name=value"
+            )
         if not Path(SCRIPT).exists():
             raise UserError(f"there is no {SCRIPT} in {Path.cwd()}: submit in the project's folder")
         line, configs = submission(asked, passed, argv[cut + 1 :])

@@ -13,7 +13,7 @@ from distrib.runtime import exits, ranks
 
 
 def main(out: Path) -> None:
-    ranks.join(Config(threads=1))
+    ranks.connect(Config(threads=1))
     rank = PartialState().process_index
 
     def fetch(leads: bool) -> bool:

@@ -1,16 +1,22 @@
 """What the tests share: small data sets, runs in this process, and runs in several."""
 
 import json
+import math
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import forkserver
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -60,12 +66,102 @@ def one_process() -> Iterator[None]:
     PartialState._reset_state()
 
 
-def launch(world: int, *args: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """`world` ranks of a program under torchrun, or one of plain python."""
-    program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
-    environment = os.environ | SCRIPTS
-    command = [sys.executable, *program, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+class Forked:
+    """A program in a process that was forked from the server of tests/forkserver.py."""
+
+    server: "subprocess.Popen[bytes] | None" = None
+    path = ""
+
+    @classmethod
+    def start_server(cls) -> None:
+        """Start the server, which ends with this process: then its standard input is closed."""
+        cls.path = f"{tempfile.mkdtemp(prefix='fork.')}/socket"  # short, as a socket's path has to be
+        environment = os.environ | SCRIPTS | forkserver.ENVIRONMENT
+        cls.server = subprocess.Popen([sys.executable, forkserver.__file__, cls.path], env=environment, stdin=subprocess.PIPE)
+        while not Path(cls.path).exists():
+            assert cls.server.poll() is None
+            time.sleep(0.01)
+
+    def __init__(self, argv: Sequence[str | Path], environment: Mapping[str, str], out: Path, err: Path) -> None:
+        if not self.server:
+            self.start_server()
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(self.path)
+        self.stream = self.socket.makefile("rw")
+        request = {"argv": [*map(str, argv)], "env": dict(environment), "cwd": str(ROOT), "out": str(out), "err": str(err)}
+        print(json.dumps(request), file=self.stream, flush=True)
+        self.pid = int(self.stream.readline())
+        self.code: int | None = None
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code; None if the process has not ended after so many seconds."""
+        if self.code is None and select.select([self.socket], [], [], timeout)[0]:
+            self.code = int(self.stream.readline())
+            self.stream.close()
+            self.socket.close()
+        return self.code
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+def ranks_of(world: int) -> list[dict[str, str]]:
+    """The environment of each rank, as a launcher makes it; nothing for a single process."""
+    if world == 1:
+        return [{}]
+    port = str(free_port())
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+class Ranks:
+    """The ranks of a program under way. As launchers do, `wait` stops the others if one fails."""
+
+    PATIENCE = 30.0  # seconds until they are killed, as torchrun's
+
+    def __init__(self, world: int, *args: str | Path) -> None:
+        self.args, self.folder = [*map(str, args)], tempfile.TemporaryDirectory()
+        self.out, self.err = (Path(self.folder.name, name) for name in ("out", "err"))
+        self.out.touch()
+        self.err.touch()
+        self.ranks = [Forked(args, os.environ | SCRIPTS | each, self.out, self.err) for each in ranks_of(world)]
+
+    def run(self) -> bool:
+        """Whether all of them still do."""
+        return all(each.wait(0) is None for each in self.ranks)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        for each in self.ranks:
+            each.kill(number)
+
+    def wait(self, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+        give_up, kill, failed = time.monotonic() + timeout, math.inf, 0
+        with self.folder:
+            try:
+                while any(each.code is None for each in self.ranks):
+                    assert time.monotonic() < give_up, f"{self.args}: {self.out.read_text()}{self.err.read_text()}"
+                    codes = [each.wait(0.02) for each in self.ranks]
+                    if not failed and any(codes):
+                        failed, kill = next(code for code in codes if code), time.monotonic() + self.PATIENCE
+                        self.kill(signal.SIGTERM)
+                    if time.monotonic() > kill:
+                        self.kill()
+            finally:
+                self.kill()
+            return subprocess.CompletedProcess(self.args, failed, self.out.read_text(), self.err.read_text())
+
+
+def launch(world: int, *args: str | Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+    """Run `world` ranks of a program to their end."""
+    return Ranks(world, *args).wait(timeout)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 
 from distrib import cli, run
 from distrib.data.files import Reader
-from distrib.runtime import exits
+from distrib.runtime import exits, watchdog
 from distrib.runtime.environment import launched_rank
 from distrib.training import loop
 from distrib.training.loop import train_step
@@ -93,4 +93,5 @@ if __name__ == "__main__":
         Reader.__getitem__ = stuck
     if fault == "memory":
         run.build_model = with_little_memory(run.build_model)
+    watchdog.GATHER = 6.0  # a busy machine may take longer than usual to write stacks
     exits.leave(cli.main(["train", *sys.argv[5:]]))

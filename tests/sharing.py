@@ -36,7 +36,7 @@ def mappings() -> dict[str, int]:
 
 
 def main(out: Path, way: str) -> None:
-    ranks.join(Config(threads=1))
+    ranks.connect(Config(threads=1))
     if way == "alone":
         os.memfd_create = refuse
     source, own = sharing.load_shared(DataConfig()), load_source(DataConfig(), download=False)

@@ -316,7 +316,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_keeps_its_name(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("form", "words"), [(1, "is of an earlier version: start its run again"), (3, "has format 3, and this")]
+    ("form", "words"), [(1, "is of an earlier version: run its training command again"), (3, "has format 3, and this")]
 )
 def test_a_checkpoint_of_another_format_is_refused_and_keeps_its_name(tmp_path: Path, form: int, words: str) -> None:
     write(taken(2), tmp_path, ABOUT, keep=2)
@@ -371,7 +371,7 @@ def test_a_checkpoint_that_cannot_be_read_now_ends_the_run_and_keeps_its_name(
         write(taken(step), tmp_path, ABOUT, keep=2)
     with monkeypatch.context() as patched:
         failing_reads(patched, code, 1000, name)
-        with pytest.raises(RunError, match=r"step_00000002 cannot be read: .*; it is left as it is, try again later"):
+        with pytest.raises(RunError, match=r"step_00000002 cannot be read now: .*; nothing was changed, try again later"):
             newest(tmp_path, lambda *_: None)
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
     assert found(tmp_path) == (2, [])
@@ -383,7 +383,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(tmp_path: P
     for folder in checkpoints(tmp_path):
         (folder / NUMBERS).write_text("")
     for _ in range(2):  # also when they have been set aside
-        with pytest.raises(UserError, match=r"has no checkpoint that is intact, only step_00000001.damaged, step_00000002.dam"):
+        with pytest.raises(UserError, match=r"has no intact checkpoint, only step_00000001.damaged, step_00000002.dam"):
             found(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     assert found(tmp_path) == (0, [])

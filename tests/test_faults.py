@@ -7,36 +7,32 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from subprocess import PIPE
 from types import FrameType
+from typing import Any
 
 import pytest
 from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
 from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
-from distrib.runtime.stacks import stuck, summary, whereabouts
+from distrib.runtime.stacks import blocking_ranks, current_call, summary
 from distrib.runtime.status import read_status
 
-LIMIT = 4  # seconds of a step: enough for one on a busy machine, little enough to wait for
+LIMIT = 10  # seconds of a step: many times what one takes on a busy machine
 KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "model.norm=group"]
 
 
 def faulty(fault: str, rank: int, step: int, run_dir: Path, *keys: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    """Two ranks of train.py under accelerate launch, with a fault in one of them."""
-    command = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", f"--max_restarts={restarts}"]
-    command += ["tests/faulty.py", fault, str(rank), str(step), str(run_dir.with_suffix(".mark"))]
-    return subprocess.run(
-        [*command, *KEYS, f"run_dir={run_dir}", *keys],
-        cwd=ROOT,
-        env=os.environ | SCRIPTS,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    """Two ranks of train.py with a fault in one of them; under accelerate launch, if that is to restart them."""
+    program = ["tests/faulty.py", fault, str(rank), str(step), str(run_dir.with_suffix(".mark"))]
+    program += [*KEYS, f"run_dir={run_dir}", *keys]
+    if not restarts:
+        return launch(2, *program)
+    command = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port=0", f"--max_restarts={restarts}", *program]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | SCRIPTS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +55,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
     tmp_path: Path, whole: Path, fault: str, culprit: str
 ) -> None:
-    run_dir, began = tmp_path / "run", time.time()
-    done = faulty(fault, 1, 25, run_dir, restarts=1)
-    assert done.returncode == 0, done.stderr
+    """The first one is restarted by its launcher, the others by the same command."""
+    run_dir = tmp_path / "run"
+    done = faulty(fault, 1, 25, run_dir, restarts=int(fault == "sleep"))
+    assert (done.returncode == 0) == (fault == "sleep"), done.stderr
     words = rf"^distrib: no progress for \d+ s \(limits.step={LIMIT}\): {culprit}; stacks are in \S+$"
     assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
-    struck = run_dir.with_suffix(".mark").stat().st_mtime
-    assert began < struck
     told = {path.name: path for path in (run_dir / "hang").iterdir()}
     assert told.keys() == ({"rank_0.txt", "rank_1.txt"} if fault == "sleep" else {"rank_0.txt"})
-    assert told["rank_0.txt"].stat().st_mtime - struck < LIMIT + 5
     if fault == "sleep":
         assert "in steps_aside" in told["rank_1.txt"].read_text()
+    else:
+        assert faulty(fault, 1, 25, run_dir).returncode == 0
     if fault == "lock":
         assert "in steps_aside" in done.stderr  # what faulthandler wrote
     assert read_status(run_dir)["attempts"] == 2
@@ -80,8 +76,8 @@ def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
 def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder")
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=4", "data.workers=1", "micro_batches=1"]
-    done = faulty("worker", 1, 0, tmp_path / "run", *keys, restarts=1)
-    assert done.returncode == 0, done.stderr
+    done = faulty("worker", 1, 0, tmp_path / "run", *keys)
+    assert done.returncode == 1
     assert re.search(r"rank 1 waits for its loader workers; rank 0 waits for other ranks; stacks", done.stderr), done.stderr
     assert re.search(r"loader worker 0, process \d+:\n(.*\n)+.* in stuck\n", (tmp_path / "run/hang/rank_1.txt").read_text())
 
@@ -97,7 +93,7 @@ def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whol
 
 def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
     done = faulty("SIGKILL", 1, 25, tmp_path / "run")
-    assert done.returncode == 1
+    assert done.returncode != 0
     assert done.stderr.count("distrib: rank 1 has exited, so the other ranks exit too") == 1
     status = read_status(tmp_path / "run")
     assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 has exited", 1, 20)
@@ -138,14 +134,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -
 def test_a_weight_that_differs_by_a_bit_between_ranks_stops_the_run_at_the_next_save(tmp_path: Path) -> None:
     done = faulty("bit", 1, 22, tmp_path / "run")
     assert done.returncode == 1
-    assert (
-        len(
-            re.findall(
-                r"^distrib: the weights of rank 1 differ from those of the other ranks after step 30,", done.stderr, re.M
-            )
-        )
-        == 1
-    )
+    assert done.stderr.count("distrib: the weights of rank 1 differ from those of the other ranks after step 30, so") == 1
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step_00000020"
 
 
@@ -160,10 +149,12 @@ def test_a_share_is_cut_on_all_ranks_until_it_fits_on_the_one_with_the_least_mem
 
 
 def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_parts(tmp_path: Path) -> None:
-    done = faulty("late memory", 1, 22, tmp_path / "run", restarts=1)
-    assert done.returncode == 0, done.stderr
+    done = faulty("late memory", 1, 22, tmp_path / "run")
+    assert done.returncode == 1
     assert "rank 1 ran out of memory after step 22 with micro_batches=1: run the same command, which tries 2" in done.stderr
-    assert "is cut into micro_batches=2: as in the last attempt" in done.stdout
+    again = faulty("late memory", 1, 22, tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert "is cut into micro_batches=2: as in the last attempt" in again.stdout
     assert read_status(tmp_path / "run")["micro_batches"] == 2
 
 
@@ -179,7 +170,7 @@ def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Pa
         subprocess.Popen([*command, f"--rdzv_conf=is_host={hosts}", *fault], cwd=ROOT, env=os.environ | SCRIPTS, stderr=PIPE)
         for hosts in (1, 0)
     ]
-    told = [each.communicate(timeout=180)[1].decode() for each in nodes]
+    told = [each.communicate(timeout=600)[1].decode() for each in nodes]
     assert [each.returncode for each in nodes] == [0, 0], told
     assert read_status(tmp_path / "run")["attempts"] == 2
     assert_same(tmp_path / "run", whole)
@@ -198,7 +189,7 @@ RANKS, DEVICE = "waits for other ranks", "waits for its device"
     ],
 )
 def test_who_waits_for_whom(told: dict[int, str], culprits: list[int], words: str) -> None:
-    assert list(stuck(told, 3)) == culprits
+    assert list(blocking_ranks(told, 3)) == culprits
     assert summary(told, 3) == words
 
 
@@ -222,4 +213,4 @@ def test_a_rank_that_reads_from_its_device_waits_for_that(monkeypatch: pytest.Mo
     for at, words in ((reading, DEVICE), (computing, r"is at test_faults.py:\d+ in computing")):
         frame = at()
         monkeypatch.setattr(sys, "_current_frames", lambda frame=frame: {threading.main_thread().ident: frame})
-        assert re.fullmatch(words, whereabouts(several=True))
+        assert re.fullmatch(words, current_call(several=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, assert_same, launch, points, signed_again, weights
+from conftest import ROOT, Ranks, assert_same, launch, points, signed_again, weights
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
@@ -57,15 +57,12 @@ def test_the_example_is_thirty_lines_and_learns(example: tuple[int, Path]) -> No
 
 def test_the_example_goes_on_after_a_kill_bit_by_bit(example: tuple[int, Path], tmp_path: Path) -> None:
     ranks, whole = example
-    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *program, str(EXAMPLE), str(tmp_path / "killed")]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | SCRIPTS, stdout=subprocess.DEVNULL, start_new_session=True
-    ) as run:
-        while not any("step_000" in path.name and not path.suffix for path in (tmp_path / "killed" / "checkpoints").glob("*")):
-            assert run.poll() is None
-            time.sleep(0.01)
-        os.killpg(run.pid, signal.SIGKILL)
+    run = Ranks(ranks, EXAMPLE, tmp_path / "killed")
+    while not any("step_000" in path.name and not path.suffix for path in (tmp_path / "killed" / "checkpoints").glob("*")):
+        assert run.run()
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
     done = launch(ranks, EXAMPLE, tmp_path / "killed")
     assert done.returncode == 0, done.stderr
     assert "resumes after step " in done.stdout
@@ -116,10 +113,10 @@ def test_what_evaluate_cannot_use_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(distrib.UserError, match=r"has another set of classes \(4 there, 4 now: top only there, a only now\)"):
         distrib.evaluate(run, **objects | {"source": own_source(classes=["a", *CLASSES[1:]])})
-    with pytest.raises(distrib.UserError, match="has no checkpoints: name a run folder"):
+    with pytest.raises(distrib.UserError, match="has no checkpoints: give a run folder"):
         distrib.evaluate(tmp_path)
     (checkpoints(run)[-1] / "state.json").write_text("")
-    with pytest.raises(distrib.UserError, match=r"is damaged .*: name another checkpoint"):
+    with pytest.raises(distrib.UserError, match=r"is damaged .*: give another checkpoint"):
         distrib.evaluate(run, **objects)
     assert len(checkpoints(run)) == 1  # nothing was set aside
 
@@ -252,7 +249,7 @@ def test_a_compiler_that_accelerates_settings_ask_for_is_the_configs(
     assert compiled == ["default"]
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     distrib.train(config(tmp_path, epochs=2), source=own_source(), network=Wide, longer=True)
-    assert compiled == ["default", "default"]  # as the run began
+    assert compiled == ["default", "default"]  # as the run was started
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(distrib.UserError, match=r"^compile=no, but accelerate's settings ask for default"):
         distrib.train(config(tmp_path / "no", compile="no"), source=own_source(), network=Wide)
@@ -307,13 +304,13 @@ def test_keys_that_do_not_go_with_what_was_handed_in_are_refused(tmp_path: Path)
     from distrib.config import DataConfig, ModelConfig, ObjectiveConfig
 
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"data": DataConfig(name="cifar10")}, r"data.name=cifar10 and an object in its place were given"),
+        ({"data": DataConfig(name="cifar10")}, r"data.name=cifar10 was given together with an object"),
         ({"data": DataConfig(size=9)}, r"data.size would be ignored"),
-        ({"data": DataConfig(workers=9)}, r"data.workers would be ignored: that is for image files"),
+        ({"data": DataConfig(workers=9)}, r"data.workers would be ignored: it applies to image files only"),
         ({"model": ModelConfig(width=9)}, r"model.width would be ignored"),
         ({"model": ModelConfig(whiten=2)}, r"model.whiten does not work with your own network"),
         ({"objective": ObjectiveConfig(label_smoothing=0.5)}, r"objective.label_smoothing would be ignored"),
-        ({"run_dir": ""}, r"run_dir is not given"),
+        ({"run_dir": ""}, r"run_dir is missing"),
     ]
     for keys, words in cases:
         with pytest.raises(distrib.UserError, match=words):

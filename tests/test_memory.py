@@ -39,7 +39,7 @@ def test_a_lack_of_memory_is_known_by_its_words() -> None:
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_of_parts_of_a_step_are_refused(mode: str) -> None:
-    with pytest.raises(UserError, match=rf"compile={mode} does not go with micro_batches=2: use compile=default"):
+    with pytest.raises(UserError, match=rf"compile={mode} does not work with micro_batches=2: use compile=default"):
         memory.refuse_graphs_of_parts(mode, 2, torch.device("cuda"))
     memory.refuse_graphs_of_parts(mode, 1, torch.device("cuda"))
     memory.refuse_graphs_of_parts("default", 2, torch.device("cuda"))

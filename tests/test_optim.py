@@ -94,7 +94,7 @@ def test_an_average_follows_weights_and_batch_statistics() -> None:
         model[0].weight += 1
         model[1].running_mean += 1
     state = TrainState(model, build_optimizer(model, OptimConfig()), average)
-    update_ema(*state.averaged, decay=0.75)
+    update_ema(*state.ema_pairs, decay=0.75)
     torch.testing.assert_close(average[0].weight, start[0] + 0.25)
     torch.testing.assert_close(average[1].running_mean, start[1] + 0.25)
     assert build_ema(model, decay=0) is None

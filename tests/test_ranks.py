@@ -72,13 +72,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
-        ranks.join(Config())
+        ranks.connect(Config())
 
 
 def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, voted = [0.0], []
     monkeypatch.setattr(stop_vote.time, "perf_counter", lambda: clock[0])
-    ranks.join(Config(threads=1))
+    ranks.connect(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     for step in range(5000, 6000):  # resumes after step 5000, at 20 steps a second
         before = vote.next
@@ -92,7 +92,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
 
 
 def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
-    ranks.join(Config(threads=1))
+    ranks.connect(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     assert vote(0) == ""
     (tmp_path / "STOP").write_text("")
@@ -105,7 +105,7 @@ def test_a_disk_that_fails_for_a_moment_ends_no_run(tmp_path: Path, monkeypatch:
     def stale(path: object, **_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    ranks.join(Config(threads=1))
+    ranks.connect(Config(threads=1))
     vote = StopVote(Config(run_dir=str(tmp_path)))
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", stale)

@@ -143,7 +143,10 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
         begin(Config(run_dir=str(tmp_path)))
 
 
-def test_a_trainer_that_is_about_to_leave_is_waited_for(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_a_trainer_that_is_about_to_leave_is_waited_for(
+    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 300)
     began = time.monotonic()
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
     with run_lock(tmp_path, 0):

@@ -11,7 +11,7 @@ import sharing
 import torch
 from conftest import launch
 
-from distrib.data.sharing import Offer, share
+from distrib.data.sharing import Offer, copy_to_shared_memory
 
 
 def noted(out: Path, world: int, *way: str) -> tuple[int, list[dict[str, Any]]]:
@@ -47,7 +47,7 @@ def test_where_no_memory_is_shared_each_rank_loads_a_copy(tmp_path: Path) -> Non
 
 
 def test_an_offer_of_another_machine_is_not_taken() -> None:
-    offer = share([torch.arange(5)])
+    offer = copy_to_shared_memory([torch.arange(5)])
     (file,) = offer.files
     assert offer.tensors()[0].tolist() == [0, 1, 2, 3, 4]
     for foreign in (

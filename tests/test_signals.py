@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT
 
+from distrib.runtime import signals
 from distrib.runtime.signals import SIGNALS
 
 LISTEN = """
-import time
+import os, time
 from distrib.runtime import signals
+signals.SAME_PRESS = float(os.environ.get("SAME_PRESS", signals.SAME_PRESS))
 signals.listen()
 print("listening", flush=True)
 while not signals.received():
@@ -28,8 +30,11 @@ HEED_HANGUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # a
 
 
 @pytest.fixture
-def listener() -> Iterator["subprocess.Popen[str]"]:
-    with subprocess.Popen([sys.executable, "-c", HEED_HANGUP + LISTEN], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+def listener(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]:
+    """A process that listens; a parameter is how many seconds it takes two SIGINT for one."""
+    environment = os.environ | {"SAME_PRESS": str(getattr(request, "param", signals.SAME_PRESS))}
+    command = [sys.executable, "-c", HEED_HANGUP + LISTEN]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "listening\n"
         yield process
@@ -57,13 +62,16 @@ def test_a_lost_terminal_stops_no_run_under_nohup() -> None:
         process.kill()
 
 
+@pytest.mark.parametrize("listener", [0], indirect=True)
 def test_a_second_ctrl_c_leaves_at_once(listener: "subprocess.Popen[str]") -> None:
     listener.send_signal(signal.SIGINT)
-    time.sleep(0.8)
+    assert listener.stdout is not None
+    assert listener.stdout.readline() == "2\n"
     listener.send_signal(signal.SIGINT)
-    assert listener.wait(10) == 130
+    assert listener.wait(300) == 130
 
 
+@pytest.mark.parametrize("listener", [300], indirect=True)
 def test_the_same_ctrl_c_may_arrive_twice(listener: "subprocess.Popen[str]") -> None:
     listener.send_signal(signal.SIGINT)
     assert listener.stdout is not None
@@ -95,7 +103,7 @@ def test_signals_that_come_as_a_finished_run_ends_do_not_make_it_fail() -> None:
         for number in SIGNALS:
             process.send_signal(number)
             time.sleep(0.05)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
 
 
 LAUNCHER = """

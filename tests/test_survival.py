@@ -14,29 +14,30 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ON_CPUS, ROOT, assert_same, launch, weights
+from conftest import ROOT, SCRIPTS, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
 from distrib.runtime.signals import SIGNALS
 
-KEYS = ["epochs=12", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.cutout=2", "threads=1"]
+KEYS = ["epochs=4", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.cutout=2", "threads=1"]
 KEYS += ["optim.ema_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
-FILES = ["data.name=folder", "data.size=16", "batch_size=4"]
-KILLS = int(os.environ.get("DISTRIB_KILLS", "5"))
+FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=3"]
+KILLS = int(os.environ.get("DISTRIB_KILLS", "4"))
 ALL_STOPS = bool(os.environ.get("DISTRIB_ALL_STOPS"))
-LENGTH = 5 if ALL_STOPS else 3  # accelerate's launcher takes up to three seconds to die of SIGINT, and the run has to last
+# A launcher may take seconds to die of a signal: until then, the run must not end. So its steps wait after the first 30.
+SLOW = {"PACE": "0.5", "PACE_FROM": "30"}
 
 
 class Run:
     """A run under way, and every process that belongs to it."""
 
-    def __init__(self, launcher: str, run_dir: Path, *keys: str) -> None:
+    def __init__(self, launcher: str, run_dir: Path, *keys: str, **environment: str) -> None:
+        """`environment` may have the variables of tests/paced.py."""
         self.run_dir, self.log = run_dir, run_dir.with_suffix(f".{time.monotonic_ns()}.log")
-        path = f"{Path(LAUNCHERS['python'][0]).parent}:{os.environ['PATH']}"
         with self.log.open("w") as log:
-            command = [*LAUNCHERS[launcher], *KEYS, f"run_dir={run_dir}", *keys]
-            environment = os.environ | ON_CPUS | {"PATH": path}
+            command = [*LAUNCHERS[launcher][:-1], "tests/paced.py", "train.py", *KEYS, f"run_dir={run_dir}", *keys]
+            environment = os.environ | SCRIPTS | environment
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
     def said(self) -> str:
@@ -78,9 +79,9 @@ class Run:
 def reading(root: Path | dict[tuple[int, int], Path], workers: int) -> list[str]:
     """Keys for a run on images in memory, or on files that so many workers read."""
     if not workers:
-        return [f"epochs={12 * LENGTH}"]
+        return []
     folder = next(iter(root.values())).parent / "folder" if isinstance(root, dict) else root / "folder"
-    return [*FILES, f"epochs={6 * LENGTH}", f"data.root={folder}", f"data.workers={workers}"]
+    return [*FILES, f"data.root={folder}", f"data.workers={workers}"]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +90,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Pat
     root, runs = tmp_path_factory.mktemp("whole"), {}
     pictures(root / "folder", train=120, val=30)
     for workers in (0, 2):
-        for ranks, launcher in ((1, "python"), (2, "torchrun 2")):
+        for ranks in (1, 2):
             runs[ranks, workers] = root / f"{ranks}_{workers}"
-            run = Run(launcher, runs[ranks, workers], *reading(root, workers))
-            assert run.end() == 0, run.said()
+            done = launch(ranks, "train.py", *KEYS, *reading(root, workers), f"run_dir={runs[ranks, workers]}")
+            assert done.returncode == 0, done.stderr
     return runs
 
 
@@ -128,14 +129,14 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     tmp_path: Path, whole: dict[tuple[int, int], Path], launcher: str, target: str, number: int, workers: int
 ) -> None:
     """`make stops` has all of them."""
-    run = Run(launcher, tmp_path / "run", *reading(whole, workers))
+    run = Run(launcher, tmp_path / "run", *reading(whole, workers), **SLOW)
     run.wait_for(r"step 30/")
     asked = time.monotonic()
     if target == "file":
         (run.run_dir / "STOP").write_text("")
     else:
-        ranks = run.ranks()
-        targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": ranks[-1:], "all ranks": ranks}[target]
+        found = run.ranks()
+        targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": found[-1:], "all ranks": found}[target]
         for each in targets:
             each.send_signal(number)
     code = run.end()
@@ -151,16 +152,17 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
         assert code == 0
     assert not (run.run_dir / "STOP").exists()
 
-    again = Run(launcher, tmp_path / "run", *reading(whole, workers))
-    assert again.end() == 0, again.said()
-    assert f"resumes after step {said[2]}" in again.said()
-    assert_same(tmp_path / "run", whole[2 if launcher.endswith("2") else 1, workers])
+    ranks = 2 if launcher.endswith("2") else 1
+    again = launch(ranks, "train.py", *KEYS, *reading(whole, workers), f"run_dir={run.run_dir}")
+    assert again.returncode == 0, again.stderr
+    assert f"resumes after step {said[2]}" in again.stdout
+    assert_same(run.run_dir, whole[ranks, workers])
     assert status(run.run_dir)["state"] == "completed"
     print(launcher, target, int(number), workers, {name: [round(each, 1) for each in times] for name, times in TIMES.items()})
 
 
 def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
-    run = Run("python", tmp_path / "run", "epochs=200")
+    run = Run("python", tmp_path / "run", "epochs=200", PACE="0.5", PACE_FROM="5")
     run.wait_for(r"step 5/4,600")
     second = Run("python", tmp_path / "run", "epochs=200")
     assert second.process.wait(300) == 2
@@ -171,22 +173,23 @@ def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def kills(seed: int) -> Iterator[tuple[str, bool, float]]:
-    """Who is killed, whether inside a save, and when else, in seconds after the first step."""
+    """Who is killed, each as often; whether inside a save; and when else, in seconds after the first step."""
     chance = random.Random(seed)
     while True:
-        yield chance.choice(["rank 0", "rank 1", "all ranks", "launcher"]), chance.random() < 0.4, chance.uniform(0, 0.8)
+        for who in chance.sample(["rank 0", "rank 1", "all ranks", "launcher"], 4):
+            yield who, chance.random() < 0.4, chance.uniform(0, 0.8)
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """`make kill-storm` is the long form."""
-    keys = f"epochs={4 * KILLS}", "model.width=48"  # slow enough for all of them
+    keys, slow = [f"epochs={8 * KILLS}"], {"PACE": "0.05"}  # so that the run lasts for all of them
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    assert Run("torchrun 2", whole, *keys).end(timeout=120 * KILLS) == 0
+    assert launch(2, "train.py", *KEYS, *keys, f"run_dir={whole}", timeout=300 + 120 * KILLS).returncode == 0
 
     told: Counter[str] = Counter()
     began = time.time()
     for who, in_a_save, delay in islice(kills(seed=KILLS), KILLS):
-        run = Run("accelerate 2", run_dir, *keys)
+        run = Run("accelerate 2", run_dir, *keys, **slow)
         run.wait_for(r"step [\d,]+/[\d,]+  train")
         due = time.monotonic() + delay
         while time.monotonic() < due if not in_a_save else not list(run_dir.glob("checkpoints/*.partial")):
@@ -198,10 +201,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
         assert run.end() != 0
         reached = max(int(step.replace(",", "")) for step in re.findall(r"step ([\d,]+)/", run.said()))
         saved = max((int(path.name[5:]) for path in run_dir.glob("checkpoints/step_????????")), default=0)
-        assert saved >= reached - 20 - 5, run.said()
+        assert saved >= reached - 2 * 20, run.said()  # the save before a save is on the disk before that begins
 
-    last = Run("accelerate 2", run_dir, *keys)
-    assert last.end(timeout=120 * KILLS) == 0, last.said()
+    last = launch(2, "train.py", *KEYS, *keys, f"run_dir={run_dir}", timeout=300 + 120 * KILLS)
+    assert last.returncode == 0, last.stderr
     assert_same(run_dir, whole)
     assert status(run_dir)["attempts"] == KILLS + 1
     assert 0 < float(str(status(run_dir)["kept_seconds"])) < float(str(status(run_dir)["seconds"])) < time.time() - began

@@ -80,7 +80,7 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monke
     assert "cannot be read" in told("cnn", "DEFAULT")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert "model.weights DEFAULT cannot be read" in told("resnet18", "DEFAULT")
+    assert "model.weights=DEFAULT cannot be read" in told("resnet18", "DEFAULT")
 
 
 def trained(run_dir: Path, *keys: str) -> tuple[ModelConfig, list[Path]]:
@@ -152,6 +152,6 @@ def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_p
         build_model(replace(config, width=16, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
     (older / "model.safetensors").write_bytes(b"x")
     with pytest.raises(
-        UserError, match=rf"^{older} is damaged \(model.safetensors has 1 bytes, not \d+\): name another checkpoint$"
+        UserError, match=rf"^{older} is damaged \(model.safetensors has 1 bytes, not \d+\): give another checkpoint$"
     ):
         build_model(replace(config, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)

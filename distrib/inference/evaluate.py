@@ -39,7 +39,7 @@ def evaluate(
         name = getattr(config, section).name
         if given is None and name.startswith(OWN):
             raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to evaluate() too")
-    state = ranks.join(config)
+    state = ranks.connect(config)
     source = source or load_shared(config.data)
     refuse_other_classes(folder, manifest, source)
     agree_on_precision(config.precision, state.device)

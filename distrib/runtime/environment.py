@@ -26,12 +26,12 @@ def from_environment(*names: str, default: int) -> int:
 
 
 def launched_rank() -> int:
-    """This process's rank; works before `join`."""
+    """This process's rank; works before `connect`."""
     return from_environment("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
 
 
 def launched_world() -> int:
-    """The number of ranks; works before `join`."""
+    """The number of ranks; works before `connect`."""
     return from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
 
 
@@ -45,7 +45,7 @@ def local_world() -> int:
     return from_environment("LOCAL_WORLD_SIZE", default=1)
 
 
-def refuse_lone_processes() -> None:
+def refuse_unconnected_processes() -> None:
     """Raise UserError if several processes were started without the variables that connect them."""
     started = launched_world()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

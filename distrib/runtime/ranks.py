@@ -18,12 +18,12 @@ from torch import nn
 
 from distrib.config import Config
 from distrib.errors import RunError, UserError
-from distrib.runtime.environment import launched_world, local_world, refuse_lone_processes, threads_of_a_rank
+from distrib.runtime.environment import launched_world, local_world, refuse_unconnected_processes, threads_of_a_rank
 
 T = TypeVar("T")
 
 
-def join(config: Config) -> PartialState:
+def connect(config: Config) -> PartialState:
     """Set this rank's threads and device, and connect it with the other ranks. Every rank must call this.
 
     Raises UserError if the processes were launched so that each would train alone.
@@ -32,7 +32,7 @@ def join(config: Config) -> PartialState:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # if it is not set, accelerate sets another number of threads
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which leaves most cores idle
     gpus = torch.cuda.device_count()  # NVIDIA's, and AMD's under ROCm; with other GPUs, such as a Mac's, the CPU is used
-    refuse_lone_processes()
+    refuse_unconnected_processes()
     if 0 < gpus < local_world():
         way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise UserError(f"{local_world()} ranks on this machine are more than its {gpus} GPUs: {way_out}")
@@ -102,7 +102,7 @@ def collective_timeout(config: Config) -> timedelta:
 
 
 def is_rank0() -> bool:
-    """Whether this process is rank 0; call it after `join`."""
+    """Whether this process is rank 0; call it after `connect`."""
     main: bool = PartialState().is_main_process
     return main
 

@@ -26,7 +26,7 @@ def add_stacks(report: Path, title: str) -> None:
         faulthandler.dump_traceback(file)
 
 
-def whereabouts(*, several: bool) -> str:
+def current_call(*, several: bool) -> str:
     """What the main thread is doing, in words."""
     main = sys._current_frames()[threading.main_thread().ident or 0]
     calls = [(Path(frame.f_code.co_filename), line, frame.f_code.co_name) for frame, line in traceback.walk_stack(main)]
@@ -42,7 +42,7 @@ def whereabouts(*, several: bool) -> str:
     return f"is at {innermost.name}:{line} in {name}"
 
 
-def stuck(reports: dict[int, str], world: int) -> dict[int, str]:
+def blocking_ranks(reports: dict[int, str], world: int) -> dict[int, str]:
     """The ranks that make the others wait, and what each is doing: those that do not wait themselves, or did not report.
 
     A rank that waits for its device may in fact wait for other ranks: it counts only if no other rank does.
@@ -53,7 +53,7 @@ def stuck(reports: dict[int, str], world: int) -> dict[int, str]:
 
 def summary(reports: dict[int, str], world: int) -> str:
     """Which rank waits for which, in words."""
-    holding = stuck(reports, world)
+    holding = blocking_ranks(reports, world)
     parts = [f"rank {rank} {what}" for rank, what in holding.items()]
     for why in (FOR_DEVICE, FOR_RANKS):
         waiting = [str(rank) for rank, what in sorted(reports.items()) if what == why and rank not in holding]

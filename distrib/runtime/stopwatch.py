@@ -16,7 +16,7 @@ class Stopwatch:
         self.current = "start", perf_counter()
         self.steps = self.lap_steps = 0
         self.lap_seconds = self.kept_seconds = 0.0
-        self.turned = threading.Event()  # set when another phase starts
+        self.phase_changed = threading.Event()  # set when another phase starts
 
     def enter(self, phase: str) -> None:
         """End the current phase and start another, or start the same one again."""
@@ -25,7 +25,7 @@ class Stopwatch:
         self.seconds[before] += now - since
         self.current = phase, now
         if phase != before:
-            self.turned.set()
+            self.phase_changed.set()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -40,18 +40,18 @@ class Stopwatch:
         self.enter("step")
         self.steps += 1
 
-    def lap(self) -> float:
-        """Steps per second since the last lap; only the time of steps counts."""
+    def steps_per_second(self) -> float:
+        """Steps per second since the last call; only the time of steps counts."""
         self.enter("step")
         steps, seconds = self.steps - self.lap_steps, self.seconds["step"] - self.lap_seconds
         self.lap_steps, self.lap_seconds = self.steps, self.seconds["step"]
         return steps / seconds
 
     def overall(self) -> float:
-        """Steps per second up to the last lap."""
+        """Steps per second up to the last call of `steps_per_second`."""
         return self.lap_steps / self.lap_seconds if self.lap_steps else 0.0
 
-    def taken(self) -> float:
+    def seconds_since_save(self) -> float:
         """Seconds spent in steps and evaluations since the last call: the cost of the state that is saved now."""
         earlier, self.kept_seconds = self.kept_seconds, self.seconds["step"] + self.seconds["evaluation"]
         return self.kept_seconds - earlier

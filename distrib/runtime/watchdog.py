@@ -19,7 +19,7 @@ from typing import NoReturn
 from distrib.config import Config
 from distrib.runtime.environment import launched_rank, launched_world
 from distrib.runtime.lock import show_life
-from distrib.runtime.stacks import SHOW_STACKS, add_stacks, stack_report, stuck, summary, whereabouts
+from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
 from distrib.runtime.status import write_status
 from distrib.runtime.stopwatch import Stopwatch
 
@@ -42,14 +42,14 @@ class Watchdog:
 
     def __exit__(self, *error: object) -> None:
         self.over = True
-        self.stopwatch.turned.set()
+        self.stopwatch.phase_changed.set()
         self.thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
         while True:
-            self.stopwatch.turned.wait(PERIOD)
-            self.stopwatch.turned.clear()
+            self.stopwatch.phase_changed.wait(PERIOD)
+            self.stopwatch.phase_changed.clear()
             if self.over:
                 return
             phase, since = self.stopwatch.current
@@ -63,7 +63,7 @@ class Watchdog:
 
     def _end(self, phase: str, spent: float) -> NoReturn:
         faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # in case the disk hangs too
-        report, place = stack_report(self.run_dir, self.rank), whereabouts(several=self.world > 1)
+        report, place = stack_report(self.run_dir, self.rank), current_call(several=self.world > 1)
         reports = {self.rank: place}
         with suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class Watchdog:
             since = f"no progress for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
             what = f"{since}: {summary(reports, self.world)}"
             print(f"distrib: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
-            write_status(self.run_dir, "failed", cause=what, rank=next(iter(stuck(reports, self.world)), None))
+            write_status(self.run_dir, "failed", cause=what, rank=next(iter(blocking_ranks(reports, self.world)), None))
         os._exit(1)
 
     def _collect_reports(self, mine: Path) -> dict[int, str]:

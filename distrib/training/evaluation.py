@@ -28,12 +28,12 @@ def evaluate(
             logits = torch.stack([weight * network(view).float() for weight, view in tta_views(images, views)]).sum(0)
         totals = totals.plus(objective.measure(logits, targets), len(targets))
     network.train()
-    totals = summed(totals, accelerator)
+    totals = reduce_totals(totals, accelerator)
     images_seen = round(totals.images.item())
     assert images_seen == len(loader.source.val), (images_seen, len(loader.source.val))
     return totals.values(objective.meters)
 
 
-def summed(totals: Totals, accelerator: Accelerator) -> Totals:
+def reduce_totals(totals: Totals, accelerator: Accelerator) -> Totals:
     """The totals of all ranks together, in one collective. Every rank must call this."""
     return totals.with_values(accelerator.reduce(totals.flat().to(accelerator.device)))

@@ -13,7 +13,7 @@ from distrib.errors import RunError
 from distrib.runtime import ranks
 from distrib.runtime.stop_vote import StopVote
 from distrib.training.context import Run
-from distrib.training.evaluation import evaluate, summed
+from distrib.training.evaluation import evaluate, reduce_totals
 from distrib.training.health import check_replicas, collect_records, nonfinite
 from distrib.training.meters import Totals
 from distrib.training.optim import set_learning_rate, update_ema
@@ -27,11 +27,11 @@ def fit(state: TrainState, run: Run) -> str:
     Every rank must call this. Raises RunError if numbers are not finite, or if the last state cannot be saved.
     """
     config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
-    vote, stopper, saved = StopVote(config), "", state.step
+    vote, stopped_by, saved = StopVote(config), "", state.step
     run.stopwatch.enter("step")
     for batch in run.loader.train(range(state.step, total)):
-        stopper = vote(state.step)
-        if stopper:
+        stopped_by = vote(state.step)
+        if stopped_by:
             break
         train_step(state, batch, run)
         run.stopwatch.stepped()
@@ -50,7 +50,7 @@ def fit(state: TrainState, run: Run) -> str:
         failure = ranks.broadcast_object(run.saver.wait())
     if failure:
         raise RunError(failure)
-    return stopper
+    return stopped_by
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -61,22 +61,22 @@ def due(step: int, every: int, total: int) -> bool:
 def train_step(state: TrainState, batch: Batch, run: Run) -> None:
     """One optimizer step on this rank's share of a batch. Only fp16's gradient scaler waits for the device.
 
-    Python code that depends on the step belongs here, and not in `learn`: a GPU records `learn` once and replays it.
+    Python code that depends on the step belongs here: `device_step` is recorded once, if there is one GPU, and then replayed.
     """
     seed_dropout(fold(run.config.seed, DROPOUT, state.step, run.accelerator.process_index), run.accelerator.device)
     set_learning_rate(state.optimizer, run.schedule(state.step))
-    run.records.append(run.replay(partial(learn, state, run), batch))
+    run.records.append(run.replay(partial(device_step, state, run), batch))
     state.step += 1
 
 
-def learn(state: TrainState, run: Run, batch: Batch) -> StepRecord:
+def device_step(state: TrainState, run: Run, batch: Batch) -> StepRecord:
     """Compute the gradient of a batch in micro-batches, and update the weights.
 
     Each loss is weighted by its number of images, so uneven micro-batches give the gradient of the whole batch. If the gradient
     is not finite on some rank, the weights do not change on any rank.
     """
-    reversible = run.config.nonfinite == "skip" or state.scaler
-    statistics = [(buffer, buffer.clone()) for buffer in state.network.buffers()] if reversible else []
+    may_skip = run.config.nonfinite == "skip" or state.scaler
+    statistics = [(buffer, buffer.clone()) for buffer in state.network.buffers()] if may_skip else []
     micro_batches, sums = batch.split(run.micro_batches), []
     for i, (images, targets) in enumerate(micro_batches, 1):
         # The ranks exchange gradients once, after the last micro-batch.
@@ -92,7 +92,7 @@ def learn(state: TrainState, run: Run, batch: Batch) -> StepRecord:
     for buffer, before in statistics:
         buffer.copy_(torch.where(skipped == 0, buffer, before))
     if state.ema is not None:
-        update_ema(*state.averaged, run.config.optim.ema_decay)
+        update_ema(*state.ema_pairs, run.config.optim.ema_decay)
     return StepRecord.of(error, sums, [len(targets) for _, targets in micro_batches])
 
 
@@ -129,8 +129,11 @@ def seed_dropout(seed: int, device: torch.device) -> None:
 def report(state: TrainState, run: Run) -> None:
     """Report the steps since the last report, over all ranks. Every rank must call this."""
     collect_records(state, run)  # waits for the device, so that the measured time includes its work
-    values = summed(state.totals, run.accelerator).values(run.objective.meters)
-    values |= {"lr": run.schedule(state.step - 1), "images_per_second": run.stopwatch.lap() * run.config.batch_size}
+    values = reduce_totals(state.totals, run.accelerator).values(run.objective.meters)
+    values |= {
+        "lr": run.schedule(state.step - 1),
+        "images_per_second": run.stopwatch.steps_per_second() * run.config.batch_size,
+    }
     if state.skipped_steps or state.scaler:
         values["skipped_steps"] = state.skipped_steps
     if run.replay.failure:
@@ -150,7 +153,7 @@ def validate(state: TrainState, run: Run) -> None:
     with run.stopwatch.during("evaluation"):
         for group, network in networks.items():
             work = partial(evaluate, network, run.loader, run.objective, run.accelerator, size, run.config.tta)
-            state.values, state.evaluated_step = run.replay.beside(work), state.step
+            state.values, state.evaluated_step = run.replay.run_other(work), state.step
             run.log.validation(state.step, group, state.values)
     score = run.objective.score
     if not state.best_values or score(state.values) > score(state.best_values):
@@ -170,7 +173,7 @@ def save(state: TrainState, run: Run) -> int:
             run.log.warn(f"{failure}; trying again now")
         run.log.flush()  # what is logged up to this step must be on the disk before the checkpoint is
         move_to_rank0(state, run)
-        state.kept_seconds += run.stopwatch.taken()
+        state.kept_seconds += run.stopwatch.seconds_since_save()
         if run.accelerator.is_main_process:
             score = run.objective.score(state.values) if state.evaluated_step == state.step and state.values else None
             run.saver.save(snapshot(state, run.saver.last, score))
@@ -179,6 +182,6 @@ def save(state: TrainState, run: Run) -> int:
 
 def move_to_rank0(state: TrainState, run: Run) -> None:
     """Add the totals of all ranks on rank 0, and reset those of the others. Every rank must call this."""
-    pooled = summed(state.totals, run.accelerator)
+    pooled = reduce_totals(state.totals, run.accelerator)
     flat = pooled.flat().cpu()
     state.totals = pooled.with_values(flat if run.accelerator.is_main_process else torch.zeros_like(flat))

@@ -87,7 +87,7 @@ class Replay:
             self.undo()
         return self.recording(batch) if self.recording else work(batch)  # after the except block, where the error held memory
 
-    def beside(self, work: Callable[[], T]) -> T:
+    def run_other(self, work: Callable[[], T]) -> T:
         """Run other work. If it runs out of memory, drop the recording, which holds the memory of a step, and run it again."""
         try:
             return work()

@@ -63,7 +63,7 @@ class TrainState:
         return list(self.network.parameters())
 
     @cached_property
-    def averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors of the moving average, and the tensors that they average."""
         assert self.ema is not None
         pairs = zip(self.ema.state_dict().values(), self.network.state_dict().values(), strict=True)

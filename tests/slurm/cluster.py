@@ -19,7 +19,7 @@ class Cluster:
 
     def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "check": False}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
         return subprocess.run(words, env=self.environment | environment, **options)
 
     def tell(self, *command: str | Path, **environment: str) -> str:
@@ -39,7 +39,7 @@ class Cluster:
         """JobState, Reason, Restarts, ExitCode and so on."""
         return dict(re.findall(r"(\w+)=(\S*)", self.tell("scontrol", "--oneliner", "show", "job", job)))
 
-    def wait(self, job: str, state: str, timeout: float = 600) -> dict[str, str]:
+    def wait(self, job: str, state: str, timeout: float = 1200) -> dict[str, str]:
         """Wait until a job is in a state, and fail as soon as it has ended in another one."""
         give_up = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] != state:
@@ -61,7 +61,7 @@ class Cluster:
         return self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2").returncode == 0
 
 
-def wait_for(output: Path, words: str, timeout: float = 90) -> str:
+def wait_for(output: Path, words: str, timeout: float = 600) -> str:
     """Wait until a job's output has words that a pattern describes; returns the output."""
     give_up = time.monotonic() + timeout
     while not (output.exists() and re.search(words, output.read_text(), re.M)):

@@ -86,10 +86,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-# Short times, so that tests are quick. SLURM's own: 3, 60, 2, 30; 30; 300; 300.
+# Short times, so that tests are quick, and long ones for a slow machine. SLURM's own: 3, 60, 2, 30; 30; 300; 300.
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=1
-KillWait=5
-SlurmdTimeout=10
+KillWait=120
+SlurmdTimeout=30
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -97,7 +97,7 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=DEFAULT CPUs=$cpus RealMemory=4000 State=UNKNOWN$( ((gpus == 0)) || echo " Gres=gpu:$gpus")
 $(for ((i = 1; i <= n; i++)); do echo "NodeName=node$i NodeAddr=$net.$i"; done)
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=10
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=120
 PartitionName=graceless Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=0
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 ${SLURM_TEST_CONF:-}
