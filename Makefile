@@ -1,16 +1,21 @@
-# make train [ARGS="CONFIG.yaml key=value ..."]   make test [ARGS="-k name"]   make lint   make bench [ARGS="throughput --quick"]
+# make train [ARGS="CONFIG.yaml key=value ..."]   make test [ARGS="-k name"]   make test-quick   make lint
+# make bench [ARGS="throughput --quick"]
 # Each sets up what it needs in .venv, once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: train test kill-storm stops bench lint clean
+.PHONY: train test test-quick kill-storm stops bench lint clean
 
 train: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
 
 test: .venv/ready-for-tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+# tests that need one process only, under 2 minutes
+test-quick: .venv/ready-for-tests
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not processes" $(ARGS)
 
 # 200 kills, about 40 minutes
 kill-storm: .venv/ready-for-tests

@@ -15,14 +15,14 @@ if ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
 fi
 train=$(dirname "$0")/../train.py
 
-for arg; do # what asks for no training needs one process only
+for arg; do # these do not train, and need one process only
     if [[ $arg == --help || $arg == --print-config ]]; then exec env WORLD_SIZE="$ranks" python "$train" "$@"; fi
 done
-# First one process looks at the command line, without torch: a mistake then gets one line and exit code 2. Accelerate's
-# launcher would add a report of thirty lines, and say 1. WORLD_SIZE has a batch found that does not divide among the ranks.
+# First, one process checks the command line, without torch: a mistake then prints one line and exits with code 2. Accelerate's
+# launcher would add a report of thirty lines and exit with 1. WORLD_SIZE is set to check that the batch divides among the ranks.
 WORLD_SIZE=$ranks python "$train" --print-config "$@" >/dev/null || exit
 
-# --multi_gpu is what makes accelerate start several processes, on a CPU too; it does not take it for one.
+# --multi_gpu makes accelerate start several processes, on a CPU too; with a single process it is refused.
 several=()
 if ((ranks > 1)); then several=(--multi_gpu); fi
 exec accelerate launch ${several[@]+"${several[@]}"} --num_processes "$ranks" --num_machines 1 --main_process_port 0 \

@@ -1,15 +1,15 @@
 # shellcheck shell=bash disable=SC2034
-# What this cluster needs before it can train. launch/slurm.sbatch sources it on a job's first node, in the project's folder;
-# DISTRIB_SITE=FILE in the environment names another one.
+# Settings of this cluster. launch/slurm.sbatch sources this file on the first node of a job, in the project's folder;
+# DISTRIB_SITE=FILE in the environment names another file.
 
-# Modules, and what has to be set for NCCL's network:
+# Modules, and the network settings of NCCL:
 # module load cuda/13.0
 # export NCCL_SOCKET_IFNAME=ib0
 
-# The environment that `make train` or pip has made:
+# The environment that `make train` created:
 if [[ -d .venv ]]; then PATH=$PWD/.venv/bin:$PATH; fi
 
-# The Python that trains, and the options of srun that come with it.
+# The command that runs train.py, and options of srun.
 python=(python)
 srun_options=()
 

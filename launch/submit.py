@@ -1,9 +1,9 @@
-"""Submit a run to SLURM, with the resources worked out and what cannot work refused before it waits in a queue.
+"""Submits a run to SLURM: computes its resources, and refuses what cannot work before the job waits in the queue.
 
 python launch/submit.py --nodes 2 --gpus-per-node 8 --time 24:00:00 --partition gpu -- configs/imagenet.yaml batch_size=2048
 
-It needs no more of Python than `omegaconf`. There are libraries that submit to SLURM (submitit, simple-slurm): they pickle a
-function or write a batch script, where all that is wanted is one line of sbatch with the numbers filled in.
+It needs `omegaconf` and no torch. Libraries that submit to SLURM (submitit, simple-slurm) pickle a function or write a batch
+script; here, one sbatch command with the right numbers is enough.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from distrib.errors import UserError  # noqa: E402
 
 
 class Nodes(NamedTuple):
-    """Nodes of a partition that are alike."""
+    """Equal nodes of a partition."""
 
     partition: str
     number: int
@@ -45,18 +45,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=positive, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="a rank for each; 0: train on CPUs")
     parser.add_argument("--ranks-per-node", type=positive, default=1, metavar="N", help="without GPUs: ranks of a node")
-    parser.add_argument("--cpus-per-task", type=positive, metavar="N", help="default: a rank's part of its node")
-    parser.add_argument("--time", metavar="T", help="time limit, after which the job goes back into the queue, and goes on")
+    parser.add_argument("--cpus-per-task", type=positive, metavar="N", help="default: an even part of the node's CPUs")
+    parser.add_argument("--time", metavar="T", help="time limit, after which the job is requeued and resumes")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
-    parser.add_argument("--max-crashes", type=int, default=0, metavar="N", help="crashes after which the job is tried again")
-    parser.add_argument("--sweep", metavar="KEY=A,B,...", help="a job array with an element, and a run folder, for each value")
-    parser.add_argument("--dry-run", action="store_true", help="show the line that would be run, and ask SLURM if it would do")
+    parser.add_argument("--max-crashes", type=int, default=0, metavar="N", help="number of crashes after which it is requeued")
+    parser.add_argument("--sweep", metavar="KEY=A,B,...", help="a job array, with an element and a run folder per value")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch command and have SLURM validate it")
     return parser
 
 
 def nodes_of(partition: str | None) -> list[Nodes]:
-    """The nodes of a partition, by default of the default one, that are up. Raises UserError if there is none."""
+    """The nodes of a partition (default: SLURM's default one) that is up. Raises UserError if there is none."""
     rows = [row.split("|") for row in tell("sinfo", "--noheader", "--format=%P|%D|%c|%G|%a").splitlines()]
     found = []
     for name, count, cpus, features, state in rows:
@@ -70,11 +70,11 @@ def nodes_of(partition: str | None) -> list[Nodes]:
 
 
 def tell(*command: str) -> str:
-    """What a command of SLURM's says. Raises UserError if it refuses."""
+    """Run a SLURM command; returns its output. Raises UserError if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError(f"there is no {command[0]} here: submit on a node that has SLURM's commands") from None
+        raise UserError(f"there is no {command[0]} on this machine: submit on a node that has SLURM's commands") from None
     if done.returncode:
         words = " ".join(re.sub(r"^\w+: error: ", "", line) for line in done.stderr.splitlines())
         raise UserError(f"SLURM refuses: {words}")
@@ -82,7 +82,7 @@ def tell(*command: str) -> str:
 
 
 def fitting(asked: argparse.Namespace, nodes: Sequence[Nodes]) -> list[Nodes]:
-    """The nodes that have what is asked of each. Raises UserError if they are too few."""
+    """The nodes with enough GPUs and CPUs. Raises UserError if there are too few."""
     name, cpus = nodes[0].partition, ranks_of_a_node(asked) * (asked.cpus_per_task or 1)
     for what, wanted, most in (
         ("nodes", asked.nodes, sum(each.number for each in nodes)),
@@ -94,7 +94,7 @@ def fitting(asked: argparse.Namespace, nodes: Sequence[Nodes]) -> list[Nodes]:
     fit = [each for each in nodes if each.gpus >= asked.gpus_per_node and each.cpus >= cpus]
     count = sum(each.number for each in fit)
     if asked.nodes > count:
-        raise UserError(f"only {count} nodes of partition {name} have what is asked of each, not {asked.nodes}")
+        raise UserError(f"only {count} nodes of partition {name} have enough GPUs and CPUs, not {asked.nodes}")
     return fit
 
 
@@ -104,12 +104,12 @@ def ranks_of_a_node(asked: argparse.Namespace) -> int:
 
 
 def cpus_per_task(asked: argparse.Namespace, fit: Sequence[Nodes]) -> int:
-    """A rank's part of the CPUs of its node: that of its GPU, if it has one."""
+    """The CPUs of a rank: an even part of its node's, by GPU if it has one."""
     return max(1, min(each.cpus // (each.gpus if asked.gpus_per_node else asked.ranks_per_node) for each in fit))
 
 
 def elements(sweep: str | None, args: Sequence[str]) -> tuple[list[Config], list[str], int]:
-    """The configs of the runs that are asked for, the arguments of the script, and how many elements a job array has."""
+    """The configs of the runs, the arguments of the script, and the number of elements of the job array (0: no array)."""
     run_dir, args = load_config(args).run_dir, [arg for arg in args if not arg.startswith("run_dir=")]
     if not sweep:
         args = [*args, f"run_dir={run_dir}"]
@@ -123,7 +123,7 @@ def elements(sweep: str | None, args: Sequence[str]) -> tuple[list[Config], list
 
 
 def submission(asked: argparse.Namespace, passed: Sequence[str], args: Sequence[str]) -> tuple[list[str], list[Config]]:
-    """The line of sbatch, and the configs of what it runs. Raises UserError if it cannot work."""
+    """The sbatch command, and the configs of its runs. Raises UserError if it cannot work."""
     configs, args, count = elements(asked.sweep, args)
     ranks = ranks_of_a_node(asked)
     fit = fitting(asked, nodes_of(asked.partition))
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for its output
         job = tell("sbatch", "--parsable", *line[1:]).strip()
         output = next(each for each in line if each.startswith("--output="))
-        print(f"job {job}: squeue --job {job}; what it says is in {output.partition('=')[2].replace('%j', job)}")
+        print(f"job {job}: squeue --job {job}; its output is in {output.partition('=')[2].replace('%j', job)}")
         return 0
     except (UserError, OSError) as error:
         print(f"submit.py: {error}", file=sys.stderr)

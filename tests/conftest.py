@@ -48,6 +48,19 @@ def requires(held: bool, install: str) -> None:
 
 
 @pytest.fixture(autouse=True)
+def only_marked_tests_start_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `make test-quick` stays quick; git may run, which tells the commit."""
+    if not request.node.get_closest_marker("processes"):
+        start = subprocess.Popen.__init__
+
+        def starting(self: Any, args: Any, *rest: Any, **options: Any) -> None:
+            assert args[0] == "git", f"mark this test with pytest.mark.processes: it starts {args}"
+            start(self, args, *rest, **options)
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", starting)
+
+
+@pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
     """Accelerate keeps its state in the process, and `distrib train` takes its signals: each test starts without.
 

@@ -90,6 +90,7 @@ def test_an_exchange_is_hidden_behind_the_backward_pass_as_far_as_that_goes(monk
         assert (step.compute, step.exposed, step.seconds) == (9, exposed, 9 + exposed)
 
 
+@pytest.mark.processes
 def test_the_buckets_are_those_that_ddp_makes() -> None:
     configs = ["configs/fashion_mnist.yaml", "configs/cifar10.yaml"]
     done = launch(2, "tests/bucketed.py", *configs)
@@ -178,6 +179,7 @@ def test_each_config_is_predicted(config: Path, capsys: pytest.CaptureFixture[st
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["8", "96", "4,096"]
 
 
+@pytest.mark.processes
 def test_the_page_shows_what_the_command_prints() -> None:
     command = [sys.executable, "-m", "distrib", "scale", "configs/imagenet.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
@@ -202,12 +204,12 @@ def test_a_batch_that_is_divided_stays_the_same(capsys: pytest.CaptureFixture[st
     [
         (["--gpus"], "--gpus: '' is not a number from 1 to 999,999,999: write it as in --gpus 8..4096 or 8,96,2528"),
         (["--gpus", "8..many"], "--gpus: 'many' is not a number"),
-        (["--gpus", "64..8"], "--gpus 64..8 ends before it begins"),
+        (["--gpus", "64..8"], "--gpus 64..8: the end is below the start"),
         (["--gpus", "8,12"], "12 GPUs are not whole nodes of 8: use 8 or 16"),
         (["--per-gpu", "0"], "--per-gpu: '0' is not a number"),
         (["--per-gpu", "4", "--global-batch"], "give one of them"),
         (["--measured", "2500"], "--measured: '' is not a number from 1 to 999,999,999: write it as in --measured 2500@256"),
-        (["--measured", "999999999@1"], "--measured 999999999@1 is more than the optimizer leaves time for"),
+        (["--measured", "999999999@1"], "--measured 999999999@1 is faster than the optimizer alone allows"),
         (["--global-batch", "batch_size=96", "--gpus", "64"], "batch_size 96 does not divide among 64 ranks: use 64 or 128"),
         (["--gpu", "8"], "unexpected argument '--gpu': "),
         (["data.name=svhn"], "there is no data set 'svhn': use one of digits, mnist"),

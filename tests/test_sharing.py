@@ -13,6 +13,8 @@ from conftest import launch
 
 from distrib.data.sharing import Offer, copy_to_shared_memory
 
+pytestmark = pytest.mark.processes
+
 
 def noted(out: Path, world: int, *way: str) -> tuple[int, list[dict[str, Any]]]:
     done = launch(world, sharing.__file__, out, *way)

@@ -13,6 +13,8 @@ from conftest import ROOT
 from distrib.runtime import signals
 from distrib.runtime.signals import SIGNALS
 
+pytestmark = pytest.mark.processes
+
 LISTEN = """
 import os, time
 from distrib.runtime import signals

@@ -20,6 +20,8 @@ from test_launch import LAUNCHERS, pictures
 from distrib.data.steps import Steps
 from distrib.runtime.signals import SIGNALS
 
+pytestmark = pytest.mark.processes
+
 KEYS = ["epochs=4", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.cutout=2", "threads=1"]
 KEYS += ["optim.ema_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
 FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=3"]

@@ -13,6 +13,8 @@ from distrib.config import ModelConfig
 from distrib.data.augment import Normalize
 from distrib.models.build import build_model
 
+pytestmark = pytest.mark.processes
+
 WORLDS = [1, 2, 3]
 PER_EPOCH = uneven.TRAIN // 60
 

@@ -1,1 +1,1 @@
-"""A run on paper: what a config's training would cost on any number of GPUs, without one at hand."""
+"""Predicts the speed and duration of a config's training on any number of GPUs, without using one."""

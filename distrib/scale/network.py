@@ -1,4 +1,4 @@
-"""What a step of a config's network is made of: found by one pass over tensors that have a shape and no numbers."""
+"""The operations in a step of a config's network, found by one pass over tensors on torch's meta device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ from distrib.models.layers import Shape
 from distrib.scale.cluster import Cluster
 
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes: DDP's defaults
-IMAGES = 8  # in the pass; a single one may have no batch statistics
+IMAGES = 8  # in the pass; BatchNorm needs more than one
 
 
 class Data(NamedTuple):
-    """What a prediction needs to know of a data set, which is neither loaded nor downloaded."""
+    """The facts about a data set that a prediction needs; it is neither loaded nor downloaded."""
 
     shape: Shape
     classes: int
@@ -37,7 +37,7 @@ SETS = {
 
 
 def data_of(config: DataConfig) -> Data:
-    """A data set by its name; a folder is taken for ImageNet. Raises UserError if there is none of that name."""
+    """A data set by its name; a folder counts as ImageNet. Raises UserError if the name is unknown."""
     sets = SETS | {"folder": Data((3, config.size, config.size), 1_000, 1_281_167)}
     if config.name not in sets:
         raise UserError(f"there is no data set {config.name!r}: use one of {', '.join(sets)}")
@@ -45,29 +45,29 @@ def data_of(config: DataConfig) -> Data:
 
 
 class Bucket(NamedTuple):
-    """Gradients that are exchanged together, once a part `ready` of the backward pass is over."""
+    """Gradients that are exchanged together, after a fraction `ready` of the backward pass."""
 
-    size: int  # bytes that travel
+    size: int  # bytes that are exchanged
     ready: float
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a step is made of. Seconds are those of the cluster's roofline."""
+    """The operations of a step. Seconds are those of the cluster's roofline."""
 
     weights: int
     state: int  # bytes of a checkpoint
     layers: int  # convolutions and matrix products
-    image: float  # seconds for each image, forward and backward
-    forward: float  # part of these
+    image: float  # seconds per image, forward and backward
+    forward: float  # fraction of these seconds
     update: float  # seconds of the optimizer
     buckets: tuple[Bucket, ...]
 
 
 class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the seconds of the convolutions and matrix products that run under it, and how many they are.
+    """Adds up the seconds and the number of the convolutions and matrix products that run under it.
 
-    A step passes each of them three times: forward, and for the gradients by input and by weight.
+    A step computes each of them three times: forward, and the gradients by input and by weight.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -78,7 +78,7 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result, kind, aten = func(*args, **(kwargs or {})), func._overloadpacket, torch.ops.aten
         if kind is aten.convolution:
             self.convolution(result, args[1], passes=1)
-        elif kind is aten.convolution_backward:  # torch's own formula takes grouped ones for dense
+        elif kind is aten.convolution_backward:  # torch's own formula counts grouped convolutions as dense
             self.convolution(args[0], args[2], passes=sum(args[-1][:2]))
         elif kind in flop_registry:
             self.layers += 1
@@ -92,9 +92,9 @@ class Roofline(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def network_of(config: Config, cluster: Cluster) -> Network:
-    """The network that the trainer would build. Raises UserError if its name or the data's is unknown, or they do not fit."""
+    """The network that training would build. Raises UserError if a name is unknown, or network and data do not fit."""
     data, wanted = data_of(config.data), replace(config.model, weights="")
-    if config.precision == "no":  # TF32, with half of the multiplications in a second, and numbers of 4 bytes
+    if config.precision == "no":  # TF32: half as many multiplications per second, and 4 bytes per number
         cluster = replace(cluster, flops=cluster.flops / 2, accesses=2 * cluster.accesses)
     try:
         with torch.device("meta"):
@@ -120,7 +120,7 @@ def network_of(config: Config, cluster: Cluster) -> Network:
         layers=layers,
         image=roofline.seconds / IMAGES,
         forward=forward / roofline.seconds,
-        update=4 * weights * (3 + 2 * moments) / cluster.memory,  # all is read, and all but the gradient written
+        update=4 * weights * (3 + 2 * moments) / cluster.memory,  # reads everything, and writes all but the gradient
         buckets=in_buckets(
             [each for each, _ in ready],
             [(seconds - forward) / backward for _, seconds in ready],
@@ -130,9 +130,9 @@ def network_of(config: Config, cluster: Cluster) -> Network:
 
 
 def in_buckets(gradients: Sequence[Tensor], ready: Sequence[float], *, rounded: bool) -> tuple[Bucket, ...]:
-    """The buckets that DDP makes after its first step, by its own function: of gradients in the order in which they come.
+    """DDP's buckets after its first step, computed by its own function, from gradients in the order of their arrival.
 
-    If they are `rounded`, to bf16 or fp16, half of their bytes travel.
+    If they are `rounded` to bf16 or fp16, half of the bytes are exchanged.
     """
     distributed: Any = torch.distributed
     parts, _ = distributed._compute_bucket_assignment_by_size(gradients, [FIRST_BUCKET, BUCKET], [False] * len(gradients))

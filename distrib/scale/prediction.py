@@ -1,4 +1,4 @@
-"""`distrib scale`: what training would cost on many GPUs, and how well the same model predicts what was published."""
+"""`distrib scale`: predicts training on many GPUs, and compares the same model with published results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from distrib.scale.step import CALIBRATION, MLPERF, Published, Speed, Step, cali
 
 USAGE = """\
 usage: distrib scale [CONFIG.yaml] [key=value ...] [options]
-       --gpus 8..4096      so many, twice as many, and so on; or some, as in 8,96,2528
-       --per-gpu N         images of a GPU in each step; if not given, an eighth of batch_size
-       --global-batch      instead, batch_size is divided among the GPUs, as the trainer does
-       --measured RATE@N   instead of the speed of MLPerf's code: images per second of one GPU, N in each step
+       --gpus 8..4096      from 8, doubling up to 4096; or a list, as in 8,96,2528
+       --per-gpu N         images per GPU and step; default: an eighth of batch_size
+       --global-batch      instead, divide batch_size among the GPUs, as training does
+       --measured RATE@N   use your speed of one GPU: RATE images/s with N images a step
        distrib train --help lists the keys"""
 
 FORMS = {"--gpus": "8..4096 or 8,96,2528", "--per-gpu": "128", "--measured": "2500@256"}
@@ -24,22 +24,22 @@ LIMIT = 10**9
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for."""
+    """The options of a command line."""
 
     config: Config
     gpus: list[int]
-    share: int | None  # images of a GPU in each step; None: batch_size is divided
-    measured: tuple[int, int] | None  # images per second of one GPU, images in each step
+    share: int | None  # images per GPU and step; None: batch_size is divided
+    measured: tuple[int, int] | None  # images per second of one GPU, images per step
 
     def share_of(self, gpus: int) -> int:
-        """Raises UserError if batch_size is to be divided and does not divide."""
+        """Images per GPU and step. Raises UserError if batch_size does not divide."""
         if self.share is None:
             refuse_uneven(self.config.batch_size, gpus)
         return self.share or self.config.batch_size // gpus
 
 
 def read(args: Sequence[str], cluster: Cluster) -> Asked:
-    """What a command line asks for. Raises UserError."""
+    """Parse a command line. Raises UserError."""
     words, given, rest = iter(args), dict[str, str](), list[str]()
     for word in words:
         if word in FORMS:
@@ -49,7 +49,7 @@ def read(args: Sequence[str], cluster: Cluster) -> Asked:
     divided = "--global-batch" in rest
     config = load_config([word for word in rest if word != "--global-batch"])
     if divided and "--per-gpu" in given:
-        raise UserError("--per-gpu says what a GPU has, and --global-batch that batch_size is divided: give one of them")
+        raise UserError("--per-gpu and --global-batch both set the images per GPU: give one of them")
     per_gpu = given.get("--per-gpu", str(max(1, config.batch_size // cluster.node)))
     share = None if divided else number("--per-gpu", per_gpu)
     rate, _, images = given.get("--measured", "").partition("@")
@@ -58,13 +58,13 @@ def read(args: Sequence[str], cluster: Cluster) -> Asked:
 
 
 def numbers_of_gpus(text: str, node: int) -> list[int]:
-    """8..64 is 8, 16, 32 and 64; 8,24 is itself. Raises UserError if a node would be partly used."""
+    """8..64 means 8, 16, 32, 64; 8,24 means 8 and 24. Raises UserError if a node would be used in part."""
     first, dots, last = text.partition("..")
     gpus = [number("--gpus", each) for each in first.split(",")]
     while dots and 2 * gpus[-1] <= number("--gpus", last):
         gpus.append(2 * gpus[-1])
     if dots and gpus[-1] > int(last):
-        raise UserError(f"--gpus {text} ends before it begins: write it as in --gpus {FORMS['--gpus']}")
+        raise UserError(f"--gpus {text}: the end is below the start; write it as in --gpus {FORMS['--gpus']}")
     for each in gpus:
         spare = each % node
         if each > node and spare:
@@ -79,7 +79,7 @@ def number(option: str, text: str) -> int:
 
 
 def report(asked: Asked, cluster: Cluster) -> Iterator[str]:
-    """The prediction, and how well the same model predicts what is published, line by line. Raises UserError."""
+    """The lines of the report: the prediction, then the same model against published results. Raises UserError."""
     config, shares = asked.config, [asked.share_of(gpus) for gpus in asked.gpus]
     network, resnet50 = network_of(config, cluster), mlperf_network(cluster)
     mlperf = calibrated(resnet50, cluster)
@@ -87,7 +87,7 @@ def report(asked: Asked, cluster: Cluster) -> Iterator[str]:
     alone = step_of(network, speed, 1, asked.share or config.batch_size, cluster)
     shape, sizes = data_of(config.data).shape, ", ".join(f"{bucket.size / 1e6:.1f}" for bucket in network.buckets)
     yield f"{config.model.name} on {'x'.join(map(str, shape))}: {network.weights:,} weights; gradients in buckets of {sizes} MB"
-    source = "scaled from what was measured" if asked.measured else "if its code is as fast as MLPerf's"
+    source = "scaled from your measurement" if asked.measured else "if its code is as fast as MLPerf's"
     yield f"one GPU, {source}: {alone.rate:,.0f} images/s, {alone.share:,} a step"
     yield ""
     steps = [step_of(network, speed, gpus, share, cluster) for gpus, share in zip(asked.gpus, shares, strict=True)]
@@ -152,7 +152,7 @@ def span(seconds: float) -> str:
 
 
 def table(rows: Sequence[dict[str, str]]) -> Iterator[str]:
-    """Columns as wide as they need to be, under their titles."""
+    """Rows as aligned columns with titles."""
     widths = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
     for row in ({title: title for title in widths}, *rows):
         yield "  ".join(row[title].rjust(width) for title, width in widths.items())

@@ -1,4 +1,4 @@
-"""A step on paper: as fast to compute as MLPerf's ResNet-50 was, while its gradients are exchanged bucket by bucket."""
+"""The predicted time of a step: computation at the speed of MLPerf's ResNet-50, and the exchange of gradients by buckets."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,12 +15,12 @@ class Published(NamedTuple):
     """A result of MLPerf Training: ResNet-50 in fp16, on H100."""
 
     gpus: int
-    share: int  # images of a GPU in each step
-    rate: float  # images per second of a GPU: the median of its log files
+    share: int  # images per GPU and step
+    rate: float  # images per second and GPU: the median of its log files
     where: str  # in github.com/mlcommons/training_results_<round>, under NVIDIA/results
 
 
-MLPERF = (  # the first two are calibrated on, the others are predicted
+MLPERF = (  # the first two calibrate the model, the others test it
     Published(8, 400, 7_162, "v4.0 eos_ngc24.04_mxnet"),
     Published(64, 50, 4_908, "v4.0 eos_n8_ngc24.04_mxnet"),
     Published(512, 40, 4_406, "v3.0 dgxh100_n64_ngc23.04_mxnet"),
@@ -33,7 +33,7 @@ CALIBRATION = MLPERF[:2]
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a program computes: seconds of a layer in each step, whatever the batch; and the roofline's, times `image`."""
+    """The speed of a program: `layer` seconds per layer and step, and `image` times the roofline's seconds."""
 
     layer: float
     image: float
@@ -47,18 +47,18 @@ class Speed:
         factor = (share / rate - network.update) / (self.compute(network, share) - network.update)
         if factor <= 0:
             fastest = share / network.update
-            raise UserError(f"--measured {rate}@{share} is more than the optimizer leaves time for: {fastest:,.0f} images/s")
+            raise UserError(f"--measured {rate}@{share} is faster than the optimizer alone allows: {fastest:,.0f} images/s")
         return Speed(self.layer * factor, self.image * factor)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step on so many GPUs, in seconds."""
+    """The times of a step on `gpus` GPUs, in seconds."""
 
     gpus: int
     share: int
     compute: float
-    exposed: float  # of the exchange: what is not hidden behind the backward pass
+    exposed: float  # the part of the exchange that the backward pass does not hide
     waiting: float  # for the slowest rank
 
     @property
@@ -67,12 +67,12 @@ class Step:
 
     @property
     def rate(self) -> float:
-        """Images per second, of all GPUs."""
+        """Images per second of all GPUs together."""
         return self.gpus * self.share / self.seconds
 
 
 def step_of(network: Network, speed: Speed, gpus: int, share: int, cluster: Cluster) -> Step:
-    """One stream exchanges the buckets: each when it is ready and the one before is done. Then the optimizer steps."""
+    """A step: one stream exchanges each bucket when it is ready and the previous one is done; then the optimizer steps."""
     compute, done = speed.compute(network, share), 0.0
     passes = compute - network.update
     for size, ready in network.buckets:
@@ -82,13 +82,13 @@ def step_of(network: Network, speed: Speed, gpus: int, share: int, cluster: Clus
 
 
 def mlperf_network(cluster: Cluster) -> Network:
-    """ResNet-50 as MLPerf's code trains it: one exchange of all gradients, in fp16, after the backward pass."""
+    """ResNet-50 in MLPerf's code: it exchanges all gradients at once, in fp16, after the backward pass."""
     network = network_of(RESNET50, cluster)
     return replace(network, buckets=(Bucket(2 * network.weights, ready=1.0),))
 
 
 def calibrated(resnet50: Network, cluster: Cluster) -> Speed:
-    """The speed with which CALIBRATION comes out as published."""
+    """The speed at which the predictions for CALIBRATION equal the published results."""
     large, small = CALIBRATION
     passes = []
     for gpus, share, rate, _ in CALIBRATION:

@@ -17,6 +17,8 @@ from conftest import ROOT, assert_same, launch, requires, weights
 from test_launch import pictures
 from test_survival import FILES, KEYS
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = "launch/slurm.sbatch"
 REPORT = r"^epoch .* step [\d,]+/[\d,]+  train"
 SLOW = {"PACE": "0.5", "PACE_FROM": "5"}  # so that a run is under way when something happens to it
@@ -146,7 +148,7 @@ def test_jobs_that_are_told_to_stop_go_back_into_the_queue_and_on(
         slurm.release(job.id)
     for workers, job in jobs.items():
         job.completes(1, whole[2, workers])
-        assert "slurm.sbatch: the run has stopped and can go on: back into the queue" in job.output.read_text()
+        assert "slurm.sbatch: the run has stopped and can resume: back into the queue" in job.output.read_text()
 
 
 def test_preempted_jobs_go_on_when_the_other_one_is_done(
@@ -276,7 +278,7 @@ def test_submit_gives_each_rank_its_gpu_and_its_part_of_the_cpus(slurm: Cluster,
     assert line.startswith("sbatch --job-name=submitted ")
     assert " --nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=4 --nodelist=node1,node2 " in line
     job = told.split(":")[0].removeprefix("job ")
-    assert told == f"job {job}: squeue --job {job}; what it says is in {root}/submitted/slurm-{job}.out"
+    assert told == f"job {job}: squeue --job {job}; its output is in {root}/submitted/slurm-{job}.out"
     slurm.wait(job, "COMPLETED")
     ranks = gpus_and_places(notes, 4)
     assert [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "0", "1"]
