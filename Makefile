@@ -13,9 +13,9 @@ train: .venv/ready
 test: .venv/ready-for-tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
-# tests that need one process only, under 2 minutes
+# the tests that are not marked slow: pure functions and runs of one process, under 2 minutes
 test-quick: .venv/ready-for-tests
-	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not processes" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" $(ARGS)
 
 # 200 kills, about 40 minutes
 kill-storm: .venv/ready-for-tests

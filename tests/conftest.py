@@ -50,11 +50,11 @@ def requires(held: bool, install: str) -> None:
 @pytest.fixture(autouse=True)
 def only_marked_tests_start_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """So `make test-quick` stays quick; git may run, which tells the commit."""
-    if not request.node.get_closest_marker("processes"):
+    if not request.node.get_closest_marker("slow"):
         start = subprocess.Popen.__init__
 
         def starting(self: Any, args: Any, *rest: Any, **options: Any) -> None:
-            assert args[0] == "git", f"mark this test with pytest.mark.processes: it starts {args}"
+            assert args[0] == "git", f"mark this test with pytest.mark.slow: it starts {args}"
             start(self, args, *rest, **options)
 
         monkeypatch.setattr(subprocess.Popen, "__init__", starting)

@@ -92,7 +92,7 @@ def test_the_time_to_an_accuracy_is_that_of_the_fastest_recipe_which_has_it_on_t
     assert "| p:5 | 2 | 92.95 +- 0.07 |" in shown
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_hand_written_loop_and_the_trainer_do_the_same_work_and_end_with_the_same_loss() -> None:
     keys = [
         *TASK,
@@ -111,7 +111,7 @@ def test_the_hand_written_loop_and_the_trainer_do_the_same_work_and_end_with_the
     assert table.unequal(found, EQUAL, 0.03) == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_with_its_last_words() -> None:
     with pytest.raises(RunError, match="exit code 3: so it ends"):
         run([sys.executable, "-c", "print('so it ends'); raise SystemExit(3)"])
@@ -124,7 +124,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_hangs_is_ended_with_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "TIMEOUT", 2.0)
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -136,7 +136,7 @@ def test_a_run_that_hangs_is_ended_with_what_it_started(monkeypatch: pytest.Monk
         time.sleep(0.05)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_costs_of_a_run_are_those_of_its_children_too() -> None:
     burn = "import time\nwhile time.process_time() < 0.4: pass"
     cost = run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"])
@@ -161,7 +161,7 @@ def test_a_smaller_set_is_the_beginning_of_the_whole(tmp_path: Path) -> None:
     assert few.train.targets.equal(every.train.targets[:100])
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_peer_tells_what_it_did_in_one_line() -> None:
     said = launch(1, "-m", "benchmarks.peers.torchvision_reference", "--tuned", "--validate", "--ready", *TASK)
     assert said.returncode == 0, said.stderr
@@ -188,7 +188,7 @@ def test_what_a_gpus_steps_wait_for_is_counted(waits: int) -> None:
     assert meter.found["step"] > 0
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_help_is_there() -> None:
     said = subprocess.run([sys.executable, "-m", "benchmarks.bench", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0

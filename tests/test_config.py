@@ -221,7 +221,7 @@ def test_help_has_every_key_under_its_section_and_is_no_wider_than_a_terminal(mo
     assert "(default 224; in [1, inf)). Only with data.name=folder." in text
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_config_needs_no_torch() -> None:
     code = (
         "import sys; from distrib.command_line import load_config, help_of_keys; load_config([]); help_of_keys(); "

@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "culprit"),
     [
@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
     assert_same(run_dir, whole)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder")
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=4", "data.workers=1", "micro_batches=1"]
@@ -84,7 +84,7 @@ def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> No
     assert re.search(r"loader worker 0, process \d+:\n(.*\n)+.* in stuck\n", (tmp_path / "run/hang/rank_1.txt").read_text())
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whole: Path) -> None:
     done = faulty("SIGKILL", 0, 25, tmp_path / "run", restarts=1)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whol
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
     done = faulty("SIGKILL", 1, 25, tmp_path / "run")
     assert done.returncode != 0
@@ -103,7 +103,7 @@ def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
     assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 has exited", 1, 20)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = faulty("nan", 1, 22, run_dir)
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None
     assert max((run_dir / "checkpoints").iterdir()).name == "step_00000020"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path) -> None:
     done = faulty("nan", 1, 22, tmp_path / "run", "nonfinite=skip", "model.norm=batch", "save_every=1")
     assert done.returncode == 0, done.stderr  # so the replicas were the same at each save
@@ -130,7 +130,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path) -> No
     assert all(each.isfinite().all() for each in weights(tmp_path / "run").values())
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -> None:
     done = faulty("nan", -1, 22, tmp_path / "run", "nonfinite=skip", "nonfinite_limit=3")
     assert done.returncode == 1
@@ -138,7 +138,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_a_run(tmp_path: Path) -
     assert "distrib: 4 steps in a row were not finite, up to step 26: try a smaller optim.lr" in done.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_weight_that_differs_by_a_bit_between_ranks_stops_the_run_at_the_next_save(tmp_path: Path) -> None:
     done = faulty("bit", 1, 22, tmp_path / "run")
     assert done.returncode == 1
@@ -146,7 +146,7 @@ def test_a_weight_that_differs_by_a_bit_between_ranks_stops_the_run_at_the_next_
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == "step_00000020"
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_share_is_cut_on_all_ranks_until_it_fits_on_the_one_with_the_least_memory(tmp_path: Path, whole: Path) -> None:
     done = faulty("memory", 1, 0, tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -157,7 +157,7 @@ def test_a_share_is_cut_on_all_ranks_until_it_fits_on_the_one_with_the_least_mem
     assert got != expected
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_parts(tmp_path: Path) -> None:
     done = faulty("late memory", 1, 22, tmp_path / "run")
     assert done.returncode == 1
@@ -168,7 +168,7 @@ def test_memory_that_runs_out_late_is_told_and_the_next_attempt_takes_smaller_pa
     assert read_status(tmp_path / "run")["micro_batches"] == 2
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_ranks_of_several_machines_meet_again_when_one_of_them_died(tmp_path: Path, whole: Path) -> None:
     """Two launchers of torchrun, which count restarts each for itself: only that of the dead rank does."""
     store = socket.create_server(("127.0.0.1", 0))

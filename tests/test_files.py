@@ -73,7 +73,7 @@ def damaged(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in (*files, "folder.jpg", "gone.jpg")}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
     good = picture(tmp_path / "good.jpg")
     for path in damaged(tmp_path).values():

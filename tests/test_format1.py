@@ -59,17 +59,25 @@ def config_of_format1(path: Path) -> None:
     path.write_text(text.replace("optim:\n", f"optim:\n  label_smoothing: {smoothing}\n") + "\n")
 
 
-@pytest.fixture
-def begun(tmp_path: Path) -> Path:
-    """A run folder that the first version left after an epoch, beside `whole`, which went on undisturbed."""
-    state = run(tmp_path / "begun", *KEYS, "epochs=1")
-    shutil.copytree(tmp_path / "begun", tmp_path / "whole")
-    run(tmp_path / "whole", *KEYS, "epochs=2")
+@pytest.fixture(scope="module")
+def of_format1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `begun`, which the first version left after an epoch, and `whole`, which went on undisturbed."""
+    root = tmp_path_factory.mktemp("format1")
+    state = run(root / "begun", *KEYS, "epochs=1")
+    shutil.copytree(root / "begun", root / "whole")
+    run(root / "whole", *KEYS, "epochs=2")
     learning = [(name, each) for name, each in state.network.named_parameters() if each.requires_grad]
     order = [name for name, each in learning if each.dim() > 1] + [name for name, each in learning if each.dim() < 2]
-    for folder in checkpoints(tmp_path / "begun"):
+    for folder in checkpoints(root / "begun"):
         as_format1(folder, order)
-    config_of_format1(tmp_path / "begun" / "config.yaml")
+    config_of_format1(root / "begun" / "config.yaml")
+    return root
+
+
+@pytest.fixture
+def begun(tmp_path: Path, of_format1: Path) -> Path:
+    """The run folder that the first version left, beside `whole`."""
+    shutil.copytree(of_format1, tmp_path, dirs_exist_ok=True)
     return tmp_path / "begun"
 
 

@@ -178,7 +178,7 @@ sys.exit(code)
 """
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code"),
     [
@@ -197,7 +197,7 @@ def test_help_and_a_typo_are_answered_without_torch_which_takes_seconds(args: li
     assert (done.stdout.count("\n") > 5, done.stderr.count("\n")) == ((True, 0) if code == 0 else (False, 1))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_help_fits_on_a_terminal_of_80_columns() -> None:
     done = start([sys.executable, "-m", "distrib", "train", "--help"], COLUMNS="80")
     assert done.returncode == 0, done.stderr
@@ -205,7 +205,7 @@ def test_help_fits_on_a_terminal_of_80_columns() -> None:
     assert max(map(len, done.stdout.splitlines())) > 70
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_local_sh_tells_of_a_mistake_in_one_line() -> None:
     done = start(["launch/local.sh"], "optim.lrr=1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -246,7 +246,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     return runs
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(("visible", "ranks"), [(None, 4), ("0,2", 2), ("1", 1), ("", 2)])
 def test_local_sh_starts_a_rank_for_each_gpu_that_is_visible(tmp_path: Path, visible: str | None, ranks: int) -> None:
     for name, line in (("nvidia-smi", "printf 'GPU %d: H100\\n' 0 1 2 3"), ("accelerate", 'echo "$@"')):
@@ -258,7 +258,7 @@ def test_local_sh_starts_a_rank_for_each_gpu_that_is_visible(tmp_path: Path, vis
     assert f"--num_processes {ranks} " in said
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", STARTED)
 def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[Path, str]], launcher: str) -> None:
     run_dir, out = launched[launcher]
@@ -269,7 +269,7 @@ def test_every_launcher_starts_the_same_run(launched: dict[str, tuple[Path, str]
     assert all(map(torch.equal, weights(run_dir).values(), twin.values()))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", STARTED)
 def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, tuple[Path, str]], launcher: str) -> None:
     run_dir, out = launched[launcher]
@@ -284,7 +284,7 @@ def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, t
     assert out.rstrip().endswith(f"; tensorboard --logdir {run_dir.parent}")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
     """script(1) gives the program a terminal."""
     command = " ".join(["stty cols 160 rows 40;", sys.executable, "train.py", *SMALL, f"run_dir={tmp_path}"])
@@ -295,7 +295,7 @@ def test_on_a_terminal_there_is_a_progress_bar(tmp_path: Path) -> None:
     assert re.search(r"^\r?.*done: top1 ", done.stdout, re.M)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
@@ -311,7 +311,7 @@ def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path, pair: s
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder", train=2, val=2)
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=3", f"run_dir={tmp_path / 'run'}"]
@@ -319,7 +319,7 @@ def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
     assert "distrib: 3 ranks are more than the 2 training images: use 2 or fewer\n" in done.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_file_that_is_no_image_ends_a_run_on_all_ranks_and_is_named(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder")
     broken = folder / "train" / "b" / "033.JPEG"
@@ -337,7 +337,7 @@ def test_a_file_that_is_no_image_ends_a_run_on_all_ranks_and_is_named(tmp_path: 
     assert len(re.findall(rf"^distrib: (rank 1: )?{broken} cannot be read as an image: ", done.stderr, re.M)) == 1
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_config_of_imagenet_trains_on_a_folder_of_the_true_format(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "folder", train=8, val=3)
     keys = [f"data.root={folder}", "epochs=1", "batch_size=4", "data.size=64", "data.workers=1", f"run_dir={tmp_path / 'run'}"]

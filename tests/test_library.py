@@ -45,7 +45,7 @@ def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, run_dir
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_example_is_thirty_lines_and_learns(example: tuple[int, Path]) -> None:
     code = [line for line in EXAMPLE.read_text().splitlines()[1:] if line.strip()]
     assert len(code) <= 30
@@ -56,7 +56,7 @@ def test_the_example_is_thirty_lines_and_learns(example: tuple[int, Path]) -> No
     assert {"own:source", "own:network", "own:Focal"} <= set((run_dir / "config.yaml").read_text().split())
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_example_goes_on_after_a_kill_bit_by_bit(example: tuple[int, Path], tmp_path: Path) -> None:
     ranks, whole = example
     run = Ranks(ranks, EXAMPLE, tmp_path / "killed")
@@ -72,7 +72,7 @@ def test_the_example_goes_on_after_a_kill_bit_by_bit(example: tuple[int, Path], 
     assert_same(tmp_path / "killed", whole)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_an_evaluation_of_a_run_is_what_the_run_reported(tmp_path: Path, example: tuple[int, Path]) -> None:
     _, run_dir = example
     source = distrib.Source.from_arrays(stripes(3000, seed=0), stripes(600, seed=1), CLASSES)
@@ -326,7 +326,7 @@ def test_keys_that_do_not_go_with_what_was_handed_in_are_refused(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_public_names_are_there_and_importing_them_takes_no_torch() -> None:
     code = "import sys, distrib; assert 'torch' not in sys.modules; distrib.Config(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -125,9 +125,15 @@ def test_a_network_that_is_handed_in_is_called_once_and_taken_as_it_is() -> None
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), r"returns \[1, 9\] for one image, not the logits of 7 classes: "),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 9)),
+            r"returns \[1, 9\] for one image, not the logits of 7 classes: \[1, 7\]",
+        ),
         (nn.Conv2d(1, 7, 28), r"returns \[1, 7, 1, 1\] for one image, not the logits of 7 classes: \[1, 7\]"),
-        (nn.Sequential(nn.Flatten(0), nn.Linear(784, 7)), r"returns \[7\] for one image, not the logits of 7 classes: "),
+        (
+            nn.Sequential(nn.Flatten(0), nn.Linear(784, 7)),
+            r"returns \[7\] for one image, not the logits of 7 classes: \[1, 7\]",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(783, 7)), r"does not accept images of 1x28x28: [^\n]+"),
         (nn.Conv2d(3, 7, 28), r"does not accept images of 1x28x28: [^\n]+"),
     ],

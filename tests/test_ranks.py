@@ -25,7 +25,7 @@ from distrib.runtime.environment import accelerate_settings_hidden, threads_of_a
 from distrib.runtime.stop_vote import StopVote
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) -> None:
     done = launch(3, agreeing.__file__, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def test_rank_0_goes_first_decides_and_its_mistake_is_everyones(tmp_path: Path) 
     assert noted == [{"first": True, "agreed": "rank 0's", "told": "rank 0 could not"}] * 3
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_gradients_that_are_rounded_for_their_exchange_train_nearly_alike(tmp_path: Path) -> None:
     done = launch(2, rounded.__file__, tmp_path, "no,bf16,fp16", *SMALL, "epochs=1")
     assert done.returncode == 0, done.stderr

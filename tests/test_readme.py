@@ -11,7 +11,7 @@ import pytest
 from conftest import ON_CPUS, ROOT, requires
 from test_launch import pictures
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines()]

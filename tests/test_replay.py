@@ -62,7 +62,13 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("optimizer", "keys"),
-    [("sgd", []), ("sgd", [*ALL, *MORE]), ("adamw", [*ALL, *MORE]), ("muon", ALL), ("sgd", ["precision=bf16"])],
+    [
+        ("sgd", []),
+        ("sgd", MORE),
+        pytest.param("adamw", [*ALL, *MORE], marks=pytest.mark.slow),
+        ("muon", ALL),
+        ("sgd", ["precision=bf16"]),
+    ],
 )
 def test_a_run_whose_steps_are_replayed_is_the_same_bit_by_bit(
     tmp_path: Path, recordings: list[Any], replays: list[Replay], optimizer: str, keys: list[str]
@@ -76,6 +82,7 @@ def test_a_run_whose_steps_are_replayed_is_the_same_bit_by_bit(
     assert_same(tmp_path / "replayed", tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_recorded_anew_and_goes_on_bit_by_bit(
     tmp_path: Path, recordings: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

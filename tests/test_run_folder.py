@@ -81,7 +81,7 @@ def holder(tmp_path: Path) -> "subprocess.Popen[str]":
     return process
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
     tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ with run_lock(run_dir, rank) as lock:
 """
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(("dead", "speaker"), [(0, 1), (1, 0)])
 def test_all_ranks_that_are_left_see_which_one_is_gone_and_one_of_them_speaks(tmp_path: Path, dead: int, speaker: int) -> None:
     (tmp_path / "status.json").write_text('{"state": "running"}')
@@ -145,7 +145,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
         begin(Config(run_dir=str(tmp_path)))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_trainer_that_is_about_to_leave_is_waited_for(
     tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
 ) -> None:

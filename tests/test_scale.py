@@ -90,7 +90,7 @@ def test_an_exchange_is_hidden_behind_the_backward_pass_as_far_as_that_goes(monk
         assert (step.compute, step.exposed, step.seconds) == (9, exposed, 9 + exposed)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_buckets_are_those_that_ddp_makes() -> None:
     configs = ["configs/fashion_mnist.yaml", "configs/cifar10.yaml"]
     done = launch(2, "tests/bucketed.py", *configs)
@@ -179,7 +179,7 @@ def test_each_config_is_predicted(config: Path, capsys: pytest.CaptureFixture[st
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["8", "96", "4,096"]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_page_shows_what_the_command_prints() -> None:
     command = [sys.executable, "-m", "distrib", "scale", "configs/imagenet.yaml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)

@@ -13,7 +13,7 @@ from conftest import launch
 
 from distrib.data.sharing import Offer, copy_to_shared_memory
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 
 def noted(out: Path, world: int, *way: str) -> tuple[int, list[dict[str, Any]]]:

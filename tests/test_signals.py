@@ -13,7 +13,7 @@ from conftest import ROOT
 from distrib.runtime import signals
 from distrib.runtime.signals import SIGNALS
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 LISTEN = """
 import os, time

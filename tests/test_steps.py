@@ -110,7 +110,7 @@ def test_numbers_are_those_of_the_published_generator() -> None:
     assert [each % 2**64 for each in hashes(1234567, torch.arange(1, 6)).tolist()] == published
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_an_order_is_the_same_in_another_process() -> None:
     code = "from distrib.data.steps import order; print(order(50, 3, 2).tolist())"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SCRIPTS, assert_same, launch, weights
+from conftest import ROOT, SCRIPTS, Ranks, assert_same, launch, weights
 from test_launch import LAUNCHERS, pictures
 
 from distrib.data.steps import Steps
 from distrib.runtime.signals import SIGNALS
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 KEYS = ["epochs=4", "batch_size=60", "precision=no", "model.width=8", "model.dropout=0.3", "data.cutout=2", "threads=1"]
 KEYS += ["optim.ema_decay=0.9", "log_every=5", "eval_every=46", "save_every=20"]
@@ -164,14 +164,17 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
 
 
 def test_a_second_trainer_in_a_folder_is_refused(tmp_path: Path) -> None:
-    run = Run("python", tmp_path / "run", "epochs=200", PACE="0.5", PACE_FROM="5")
-    run.wait_for(r"step 5/4,600")
-    second = Run("python", tmp_path / "run", "epochs=200")
-    assert second.process.wait(300) == 2
-    assert run.process.poll() is None
-    assert f"is in use by process {run.process.pid} on " in second.said()
-    run.process.kill()
-    run.end()
+    keys = [*KEYS, f"run_dir={tmp_path / 'run'}", "epochs=2000"]
+    first = Ranks(1, "train.py", *keys)
+    while not (tmp_path / "run" / "checkpoints").exists():
+        assert first.run()
+        time.sleep(0.01)
+    second = launch(1, "train.py", *keys)
+    assert second.returncode == 2
+    assert first.run()
+    assert f"is in use by process {first.ranks[0].pid} on " in second.stderr
+    first.kill()
+    first.wait()
 
 
 def kills(seed: int) -> Iterator[tuple[str, bool, float]]:

@@ -98,7 +98,13 @@ MORE = [*ALL, "nonfinite=skip", "micro_batches=3", "optim.clip_norm=1"]
 
 @pytest.mark.parametrize(
     ("optimizer", "keys"),
-    [("sgd", ["cuda_graph=true"]), ("sgd", []), ("sgd", ALL), ("sgd", MORE), ("adamw", MORE), ("muon", ALL), ("muon", MORE)],
+    [
+        ("sgd", ["cuda_graph=true"]),
+        ("sgd", []),
+        ("muon", ALL),
+        *(pytest.param(name, keys, marks=pytest.mark.slow) for name, keys in (("sgd", ALL), ("sgd", MORE), ("muon", MORE))),
+        pytest.param("adamw", MORE, marks=pytest.mark.slow),
+    ],
 )
 def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, keys: list[str]) -> None:
     guard(monkeypatch)

@@ -13,7 +13,7 @@ from distrib.config import ModelConfig
 from distrib.data.augment import Normalize
 from distrib.models.build import build_model
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 WORLDS = [1, 2, 3]
 PER_EPOCH = uneven.TRAIN // 60

@@ -17,7 +17,7 @@ from conftest import ROOT, assert_same, launch, requires, weights
 from test_launch import pictures
 from test_survival import FILES, KEYS
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.slow
 
 SCRIPT = "launch/slurm.sbatch"
 REPORT = r"^epoch .* step [\d,]+/[\d,]+  train"
@@ -125,16 +125,6 @@ def test_slurm_tells_two_jobs_on_the_same_nodes_of_their_time_limit_and_both_go_
         assert int(slurm.wait(job.id, "PENDING")["Restarts"]) >= 1  # more, where a start alone takes a minute
         assert re.findall(STOPPED, job.output.read_text(), re.M)[0][0] == signal.SIGUSR1.name
         slurm.tell("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # one more limit would prove nothing more
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_two_nodes_train_as_as_many_local_ranks_do(
-    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path], ranks: int
-) -> None:
-    job = Job(slurm, root / f"nodes_{ranks}", keys(root, 0), f"--ntasks-per-node={ranks}")
-    job.completes(0, whole[2 * ranks, 0])
-    assert json.loads((job.run_dir / "attempts.jsonl").read_text())["hosts"] == ["node1", "node2"]
-    assert f"ranks {2 * ranks}, device cpu, threads 1," in job.output.read_text()
 
 
 def test_jobs_that_are_told_to_stop_go_back_into_the_queue_and_on(
@@ -263,11 +253,13 @@ def submit(slurm: Cluster, *arguments: str | Path, **environment: str) -> tuple[
     return done.returncode, done.stdout, done.stderr
 
 
-def test_submit_gives_each_rank_its_gpu_and_its_part_of_the_cpus(slurm: Cluster, root: Path) -> None:
+def test_submit_gives_each_rank_its_gpu_and_cpus_and_they_train_as_as_many_local_ranks_do(
+    slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
+) -> None:
     """The cluster's GPUs are none that torch could use, so the ranks train on CPUs; two nodes have 2 GPUs and 8 CPUs each."""
     notes = root / "notes"
     notes.mkdir()
-    arguments = ["--nodes", "2", "--gpus-per-node", "2", "--time", "5", "--nodelist=node1,node2", "--", *KEYS, "epochs=1"]
+    arguments = ["--nodes", "2", "--gpus-per-node", "2", "--time", "5", "--nodelist=node1,node2", "--", *KEYS]
     arguments += [f"run_dir={root}/submitted"]
     code, out, err = submit(slurm, "--dry-run", *arguments)
     assert (code, err) == (0, "")
@@ -287,6 +279,8 @@ def test_submit_gives_each_rank_its_gpu_and_its_part_of_the_cpus(slurm: Cluster,
         assert (rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"], rank["MASTER_ADDR"]) == ("4", "2", "node1")
         assert rank["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert "ranks 4, device cpu, threads 1," in (root / f"submitted/slurm-{job}.out").read_text()  # as KEYS ask
+    assert json.loads((root / "submitted/attempts.jsonl").read_text())["hosts"] == ["node1", "node2"]
+    assert_same(root / "submitted", whole[4, 0])
 
 
 @pytest.mark.parametrize(
