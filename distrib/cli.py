@@ -12,7 +12,7 @@ from distrib.errors import UserError
 from distrib.models import refuse_unknown_network
 from distrib.registry import refuse_unknown
 from distrib.runtime import exits, signals
-from distrib.runtime.environment import launched_world
+from distrib.runtime.environment import env_world_size
 from distrib.training import OBJECTIVES
 
 BEGAN = time.time()  # about when this process started: the slow imports come later
@@ -55,7 +55,7 @@ def refuse_mistakes(config: Config) -> None:
     refuse_unknown(SOURCES, config.data.name, "data.name", "data set")
     refuse_unknown_network(config.model.name)
     refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
-    refuse_uneven(config.batch_size, launched_world())
+    refuse_uneven(config.batch_size, env_world_size())
 
 
 def runs(args: Sequence[str]) -> int:

@@ -154,7 +154,8 @@ def help_of_keys() -> str:
         if prefix != section:
             section = prefix
             lines += ["", f"{prefix}.*" if prefix else "the run"]
-        default = f"default {key.value}" if key.value != "" else "no default"
+        shown = str(key.value).lower() if key.type is bool else key.value
+        default = f"default {shown}" if shown != "" else "no default"
         kind = f"in {key.meta['within']}" if key.meta["within"] else type_in_words(key.type)
         only = f" Only with {key.meta['only'].replace('|own', '')}." if key.meta["only"] else ""
         text = f"  {leaf:<16}{key.meta['meaning']} ({default}; {kind}).{only}"

@@ -78,7 +78,7 @@ class DataConfig(Checked):
     crop_area: float = key(0.25, "smallest fraction of an image that a random training crop shows", "(0, 1]", only=IMAGE_FILES)
     translate: int = key(1, "largest random shift of a training image, in pixels, vertically and horizontally", "[0, inf)")
     flip: Literal["none", "random", "alternating"] = key(
-        "none", "mirror half of the training images in each epoch; alternating: each image in every second epoch"
+        "none", "swap left and right in half of the training images of an epoch; alternating: of each in every second epoch"
     )
     cutout: int = key(0, "side of the square that is blanked with the mean color (Cutout), in pixels; 0: none", "[0, inf)")
 
@@ -130,7 +130,7 @@ class LimitsConfig(Checked):
 @dataclass(frozen=True)
 class Config(Checked):
     run_dir: str = key(
-        "", "folder of the run: config, checkpoints, TensorBoard; default runs/<config name>", free=True, path=True
+        "", "folder of the run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True, path=True
     )
     seed: int = key(0, "seed of the initial weights, the order of the images and their augmentation", "[0, 1e18]")
     epochs: float = key(20.0, "passes over the training set", "(0, inf)")
@@ -248,7 +248,7 @@ def differences(there: dict[str, Any], now: Config, chosen: dict[str, Any] | Non
 def type_in_words(kind: Any) -> str:
     """The type of a key, as --help shows it."""
     choices = "|".join(getattr(choice, "__name__", str(choice)) for choice in get_args(kind))
-    return choices or cast(str, kind.__name__)
+    return choices or {bool: "true|false", str: "text"}.get(kind) or cast(str, kind.__name__)
 
 
 def refuse_uneven(batch_size: int, ranks: int) -> None:

@@ -132,7 +132,7 @@ def cut_into_memory(
 
     def rehearse(images: int) -> bool:
         like = Batch(torch.empty(images, *shape, device="meta"), torch.empty_like(targets[:images], device="meta"))
-        return memory.fits(state, model, accelerator, lambda *batch: objective.train(*batch)[0], like)
+        return memory.fits(state, model, accelerator, lambda *batch: objective.loss_and_sums(*batch)[0], like)
 
     refuse = partial(memory.refuse_graphs_of_parts, config.compile, device=loader.device)
     return memory.micro_batches_that_fit(config.micro_batches, Path(config.run_dir), share, rehearse, refuse)

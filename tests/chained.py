@@ -16,14 +16,14 @@ from uneven import KEYS, NOISE, Seen, uneven, watch
 import distrib
 from distrib.command_line import load_config
 from distrib.runtime import exits
-from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.environment import env_rank, env_world_size
 from distrib.training import loop
 from distrib.training.state import TrainState
 
 
 def main(run_dir: str, kill: int, notes: Path) -> None:
     torch.set_default_dtype(torch.float64)  # as in uneven.py: what differs is then no rounding
-    rank, world, seen = launched_rank(), launched_world(), Seen()
+    rank, world, seen = env_rank(), env_world_size(), Seen()
     watch(seen)
     watched = loop.train_step
 

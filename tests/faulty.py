@@ -21,7 +21,7 @@ import torch
 from distrib import cli, run
 from distrib.data.files import Reader
 from distrib.runtime import exits, watchdog
-from distrib.runtime.environment import launched_rank
+from distrib.runtime.environment import env_rank
 from distrib.training import loop
 from distrib.training.loop import train_step
 from distrib.training.state import TrainState
@@ -32,7 +32,7 @@ FITS = 8  # images, where memory is short
 
 
 def strikes(state: TrainState) -> bool:
-    if launched_rank() != rank or state.step < step or mark.exists():
+    if env_rank() != rank or state.step < step or mark.exists():
         return False
     mark.touch()
     return True
@@ -59,14 +59,14 @@ def steps_aside(state: TrainState, *rest: Any) -> None:
 
 def with_loss_of_nan(state: TrainState, *rest: Any) -> None:
     """The loss of one rank is not a number in step `step`, or, if RANK is negative, from there on."""
-    mine = launched_rank() == abs(rank) and (state.step == step or (rank < 0 and state.step > step))
+    mine = env_rank() == abs(rank) and (state.step == step or (rank < 0 and state.step > step))
     hook = state.network.register_forward_hook(lambda module, images, logits: logits * (torch.nan if mine else 1))
     train_step(state, *rest)
     hook.remove()
 
 
 def stuck(reader: Reader, share: Any) -> Any:
-    if torch.utils.data.get_worker_info() and launched_rank() == rank and not mark.exists():
+    if torch.utils.data.get_worker_info() and env_rank() == rank and not mark.exists():
         mark.touch()
         time.sleep(1000)
     return read(reader, share)
@@ -77,7 +77,7 @@ def with_little_memory(build: Any) -> Any:
 
     def built(*args: Any) -> torch.nn.Module:
         def check(module: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
-            if launched_rank() == rank and module.training and len(images[0]) > FITS:
+            if env_rank() == rank and module.training and len(images[0]) > FITS:
                 raise torch.OutOfMemoryError("out of memory")
 
         network: torch.nn.Module = build(*args)

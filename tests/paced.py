@@ -19,7 +19,7 @@ from typing import Any
 
 from distrib import cli
 from distrib.runtime import exits
-from distrib.runtime.environment import launched_rank
+from distrib.runtime.environment import env_rank
 from distrib.training import loop
 from distrib.training.state import TrainState
 
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     loop.train_step = paced
     if "NOTES" in os.environ:
         found = {name: os.environ.get(name) for name in NAMES}
-        Path(os.environ["NOTES"], f"rank_{launched_rank()}.json").write_text(json.dumps(found))
+        Path(os.environ["NOTES"], f"rank_{env_rank()}.json").write_text(json.dumps(found))
     exits.leave(cli.main(["train", *sys.argv[2:]]))

@@ -16,7 +16,7 @@ from distrib.config import Config, DataConfig
 from distrib.data import sharing
 from distrib.data.datasets import load_source
 from distrib.runtime import exits, ranks
-from distrib.runtime.environment import launched_rank
+from distrib.runtime.environment import env_rank
 
 
 def refuse(name: str) -> NoReturn:
@@ -51,7 +51,7 @@ def main(out: Path, way: str) -> None:
         "mapped": mappings(),
         "open": [link for link in links if "distrib-" in link],
     }
-    (out / f"rank{launched_rank()}.json").write_text(json.dumps(noted))
+    (out / f"rank{env_rank()}.json").write_text(json.dumps(noted))
     ranks.all_gather_object(None)
     if way == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -198,6 +198,12 @@ def test_help_and_a_typo_are_answered_without_torch_which_takes_seconds(args: li
 
 
 @pytest.mark.slow
+def test_help_may_be_piped_into_a_program_that_reads_a_line() -> None:
+    done = start(["bash", "-o", "pipefail", "-c", f"{sys.executable} -m distrib train --help | head -n 1"])
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
+
+
+@pytest.mark.slow
 def test_help_fits_on_a_terminal_of_80_columns() -> None:
     done = start([sys.executable, "-m", "distrib", "train", "--help"], COLUMNS="80")
     assert done.returncode == 0, done.stderr
@@ -277,7 +283,7 @@ def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, t
     assert re.search(
         r"^epoch 0\.22  step 5/46  train: loss \d\.\d{4}  top1 \d+\.\d\d %  [\d,]+ images/s  \d\d:\d\d left$", out, re.M
     )
-    assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %$", out, re.M)
+    assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %", out, re.M)
     assert re.search(
         rf"^done: top1 {top1:.2f} %, best \d+\.\d\d % at step \d+; 2,760 images seen at [\d,]+ a second; ", out, re.M
     )
@@ -312,11 +318,12 @@ def test_two_ranks_tell_of_a_mistake_once_and_none_hangs(tmp_path: Path, pair: s
 
 
 @pytest.mark.slow
-def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "folder", train=2, val=2)
+@pytest.mark.parametrize(("train", "words"), [(2, "2 training images"), (6, "2 validation images")])
+def test_more_ranks_than_images_are_refused(tmp_path: Path, train: int, words: str) -> None:
+    folder = pictures(tmp_path / "folder", train=train, val=2)
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=3", f"run_dir={tmp_path / 'run'}"]
-    done = launch(3, "train.py", *keys, timeout=600)
-    assert "distrib: 3 ranks are more than the 2 training images: use 2 or fewer\n" in done.stderr
+    done = launch(3, "train.py", *keys)
+    assert f"distrib: 3 ranks are more than the {words}: use 2 or fewer\n" in done.stderr
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def test_an_evaluation_of_a_run_is_what_the_run_reported(tmp_path: Path, example
     last = checkpoints(run_dir)[-1]
     found = distrib.evaluate(last, source=source, network=network, objective=Focal())
     status = json.loads((run_dir / "status.json").read_text())
-    assert found == pytest.approx({name: status[name] for name in ("loss", "top1")}, rel=1e-6)
+    assert {"loss", "top1"} <= found.keys()
+    assert found == pytest.approx({name: status[name] for name in found}, rel=1e-6)
     other = distrib.Source.from_arrays(stripes(3000, seed=0), stripes(7, seed=2), CLASSES)
     assert distrib.evaluate(run_dir, source=other, network=network, objective=Focal())["top1"] > 80
 
@@ -349,11 +350,11 @@ def test_a_signal_stops_a_run_of_a_program_which_goes_on_with_what_it_was_doing(
     class Interrupting(distrib.CrossEntropy):
         calls = 0
 
-        def train(self, *batch: Any) -> Any:
+        def loss_and_sums(self, *batch: Any) -> Any:
             self.calls += 1
             if self.calls == 4:  # the first was a rehearsal
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().train(*batch)
+            return super().loss_and_sums(*batch)
 
     state = distrib.train(config(tmp_path, epochs=500), source=own_source(), network=Wide, objective=Interrupting())
     assert 0 < state.step < 2000

@@ -37,7 +37,7 @@ class Balanced(CrossEntropy):
 
 
 def measured(objective: Objective, logits: Tensor, targets: Tensor, parts: int = 1) -> Totals:
-    totals = Totals.of_none()
+    totals = Totals.zero()
     for x, y in zip(logits.tensor_split(parts), targets.tensor_split(parts), strict=True):
         totals = totals.plus(objective.measure(x, y), len(y)) if len(y) else totals
     return totals
@@ -67,7 +67,7 @@ def test_the_top_five_are_reported_where_there_are_more_classes_than_that() -> N
 
 
 def test_counts_stay_exact_beyond_what_float32_holds() -> None:
-    totals = Totals.of_none().plus({"top1": torch.tensor(2**24)}, 2**24).plus({"top1": torch.tensor(1)}, 1)
+    totals = Totals.zero().plus({"top1": torch.tensor(2**24)}, 2**24).plus({"top1": torch.tensor(1)}, 1)
     assert totals.flat().tolist() == [2**24 + 1, 2**24 + 1]
     many = totals.with_values(torch.tensor([2.0**53 - 1, 2.0**53 - 1], dtype=torch.float64))
     assert many.plus({"top1": torch.tensor(1.0)}, 1).flat().tolist() == [2**53, 2**53]
@@ -79,10 +79,10 @@ def test_a_logit_that_is_no_number_is_not_taken_for_a_hit() -> None:
 
 def test_the_means_of_no_images_are_no_numbers() -> None:
     nothing, objective = (torch.empty(0, 10), torch.empty(0, dtype=torch.int64)), Balanced()
-    got = Totals.of_none().plus(objective.measure(*nothing), 0).values(objective.meters)
+    got = Totals.zero().plus(objective.measure(*nothing), 0).values(objective.meters)
     assert list(got) == ["loss", "top1", "top5", "balanced"]
     assert all(math.isnan(value) for value in got.values())
-    assert Totals.of_none().values(objective.meters) == {}
+    assert Totals.zero().values(objective.meters) == {}
 
 
 @given(
@@ -97,7 +97,7 @@ def test_the_loss_is_torchs_for_ids_and_for_soft_targets(images: int, classes: i
     for targets in (ids, soft, F.one_hot(ids, classes).float()):
         of_ours, of_torch = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         expected = F.cross_entropy(of_torch, targets, label_smoothing=smoothing)
-        loss, sums = objective.train(of_ours, targets)
+        loss, sums = objective.loss_and_sums(of_ours, targets)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(objective.loss(logits, targets), expected.detach())
         torch.testing.assert_close(*(torch.autograd.grad(*pair) for pair in ((loss, of_ours), (expected, of_torch))))
@@ -156,7 +156,7 @@ def test_an_objective_of_ones_own_needs_no_more_than_a_loss() -> None:
 
     torch.manual_seed(0)
     logits, targets, objective = torch.randn(7, 4), torch.rand(7, 4), Squared()
-    loss, sums = objective.train(logits, targets)
+    loss, sums = objective.loss_and_sums(logits, targets)
     got = measured(objective, logits, targets, parts=3).values(objective.meters)
     assert list(got) == ["loss", "top1"]
     assert got["loss"] == pytest.approx(loss.item()) == pytest.approx(sums["loss"].item() / 7)

@@ -25,7 +25,7 @@ def some_state() -> TrainState:
     for each in network.parameters():
         each.grad = torch.ones_like(each)
     optimizer.step()
-    totals = Totals.of_none().plus({"loss": torch.tensor(2.5), "by_class": torch.arange(3)}, 7)
+    totals = Totals.zero().plus({"loss": torch.tensor(2.5), "by_class": torch.arange(3)}, 7)
     return TrainState(network, optimizer, build_ema(network, 0.9), totals, step=3, values={"top1": 50.0})
 
 
@@ -91,7 +91,7 @@ def test_what_was_saved_is_put_back(tmp_path: Path) -> None:
         for tensors in other.files().values():
             for each in tensors.values():
                 each.zero_()
-    other.totals = Totals.of_none()
+    other.totals = Totals.zero()
     put_tensors(tmp_path / "whole", other)
     expected, got = state.files(), other.files()
     assert {file: each.keys() for file, each in got.items()} == {file: each.keys() for file, each in expected.items()}

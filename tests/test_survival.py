@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,7 +41,8 @@ class Run:
         with self.log.open("w") as log:
             command = [*LAUNCHERS[launcher][:-1], "tests/paced.py", "train.py", *KEYS, f"run_dir={run_dir}", *keys]
             environment = os.environ | SCRIPTS | environment
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -110,13 +112,14 @@ MATRIX = [
     (launcher, target, number, workers)
     for launcher in LAUNCHED
     for workers in (0, 2)
-    for target in ("launcher", "one rank", "all ranks", "file")
+    for target in ("launcher", "one rank", "all ranks", "group", "file")
     for number in (SIGNALS if target != "file" else (0,))
-    if target == "launcher" or launcher != "python" or target == "file"
+    if target in ("launcher", "group", "file") or launcher != "python"
     if target != "all ranks" or launcher.endswith("2")
 ]
 STOPS = [
     ("python", "file", 0, 2),
+    ("python", "group", signal.SIGTERM, 2),
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
     ("torchrun 2", "launcher", signal.SIGHUP, 0),
@@ -136,6 +139,8 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     asked = time.monotonic()
     if target == "file":
         (run.run_dir / "STOP").write_text("")
+    elif target == "group":  # launchers give their ranks groups of their own; plain python's is that of its loader workers
+        os.killpg(run.process.pid, number)
     else:
         found = run.ranks()
         targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": found[-1:], "all ranks": found}[target]
@@ -150,7 +155,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
     stopped = {"state": "stopped", "step": int(said[2]), "cause": said[1], "attempts": 1}
     assert status(run.run_dir).items() >= stopped.items()
-    if target != "launcher" or launcher == "python":
+    if target not in ("launcher", "group") or launcher == "python":
         assert code == 0
     assert not (run.run_dir / "STOP").exists()
 

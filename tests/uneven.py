@@ -23,7 +23,7 @@ from distrib.data.datasets import load_source
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
 from distrib.runtime import exits
-from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.environment import env_rank, env_world_size
 from distrib.training import loop
 from distrib.training.context import Run
 from distrib.training.state import TrainState
@@ -95,7 +95,7 @@ def watch(seen: Seen) -> None:
     augment, step = Augment.__call__, train_step
 
     def noted(self: Augment, images: Tensor, share: Share) -> Tensor:
-        seen.ids += share.images.split(BATCH // launched_world())  # those of several steps may come together
+        seen.ids += share.images.split(BATCH // env_world_size())  # those of several steps may come together
         return augment(self, images, share)
 
     def stepped(state: TrainState, batch: loaders.Batch, run: Run) -> None:
@@ -125,7 +125,7 @@ def main(out: Path) -> None:
         state = distrib.train(config, source=None if of_files else uneven())
         loaders.Augment.__call__, loop.train_step = plain_augment, train_step
         noted = {"ids": seen.ids, "batches": seen.batches, "exchanged": seen.exchanged, "network": state.network.state_dict()}
-        torch.save(noted, run_dir / f"rank{launched_rank()}.pt")
+        torch.save(noted, run_dir / f"rank{env_rank()}.pt")
 
 
 if __name__ == "__main__":

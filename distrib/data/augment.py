@@ -25,7 +25,7 @@ class Augment:
     def __call__(self, images: Tensor, share: Share) -> Tensor:
         most, flip, side = self.config.translate, self.config.flip, self.config.cutout
         if not most and flip == "none" and not side:
-            return images
+            return images  # all of this class's work is left out, so each augmentation is named here
         ids = share.images.to(images.device)
         # The numbers depend on `draws` too: with one more draw, all of them change.
         down, right, half, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)

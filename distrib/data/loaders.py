@@ -18,7 +18,7 @@ from distrib.data.files import Chunk, Reader
 from distrib.data.source import Arrays, Files, Source
 from distrib.data.steps import Share, Steps, val_range, val_shares
 from distrib.errors import UserError
-from distrib.runtime.signals import guard_worker
+from distrib.runtime.signals import blocked_in_workers, guard_worker
 from distrib.runtime.stacks import stack_report
 
 AUTO_FRACTION = 0.25  # data.resident=auto: largest fraction of a device's free memory that images may take
@@ -97,7 +97,8 @@ class Streamed:
     def _read(self, shares: Iterable[Share]) -> Iterator[Read]:
         shares, wanted = tee(shares)
         self.queue.chunks = chunks = (chunk for share in wanted for chunk in self._chunks_of(share))
-        images = iter(self.loader)
+        with blocked_in_workers():
+            images = iter(self.loader)  # the first time, this starts the workers
         try:
             for share in shares:
                 yield share, self._joined(list(islice(images, len(self._chunks_of(share))))), self.targets[share.images]
@@ -153,9 +154,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Loader:
-    """Batches of this rank: its share of each training step, and its range of the validation set."""
+    """Batches of this rank: its share of each training step, and its range of the validation set.
+
+    Raises UserError if there are more ranks than validation images.
+    """
 
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
+        if len(source.val) < steps.world:
+            few = f"{steps.world} ranks are more than the {len(source.val)} validation images"
+            raise UserError(f"{few}: use {len(source.val)} or fewer")
         self.source, self.steps, self.device = source, steps, device
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
         self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))

@@ -19,7 +19,7 @@ from distrib.data.datasets import load_source
 from distrib.data.source import Arrays, Source, data_differences
 from distrib.errors import UserError
 from distrib.runtime import ranks
-from distrib.runtime.environment import launched_rank, local_rank, local_world
+from distrib.runtime.environment import env_local_rank, env_local_world_size, env_rank
 
 NONE = Arrays(torch.empty(0), torch.empty(0))
 
@@ -71,9 +71,9 @@ def load_shared(config: DataConfig) -> Source:
         return outline
 
     offer = None
-    if local_rank() == 0:
+    if env_local_rank() == 0:
         source = source or load_source(config, download=False)
-        if local_world() > 1:
+        if env_local_world_size() > 1:
             with suppress(OSError, AttributeError):  # AttributeError: a system without memfd
                 splits = [each for each in (source.train, source.val) if isinstance(each, Arrays)]
                 offer = copy_to_shared_memory([tensor for each in splits for tensor in (each.images, each.targets)])
@@ -94,7 +94,7 @@ def agreed_fingerprint(source: Source, *, own: bool) -> dict[str, Any]:
     A source of a rank's `own` is hashed on each rank. Shared images in memory are hashed by one rank of each machine, and a
     list of files by rank 0, which made it.
     """
-    computes = own or launched_rank() == 0 or (local_rank() == 0 and isinstance(source.train, Arrays))
+    computes = own or env_rank() == 0 or (env_local_rank() == 0 and isinstance(source.train, Arrays))
     found = ranks.all_gather_object(source.fingerprint() if computes else None)
     assert found[0] is not None
     for rank, each in enumerate(found):

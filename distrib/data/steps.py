@@ -15,7 +15,8 @@ from torch import Tensor
 from distrib.config import refuse_uneven
 from distrib.errors import UserError
 
-# Each use of random numbers has its own stream. The values are part of every run: add new ones at the end.
+# Each use of random numbers has its own stream. The values are part of every run: add new ones at the end. FLIP is that of
+# alternating flips; random flips take a number of AUGMENT.
 ORDER, AUGMENT, CROP, DROPOUT, FLIP = range(5)
 
 GOLDEN = 0x9E3779B97F4A7C15

@@ -55,13 +55,13 @@ class Log:
         )
         self._say(
             f"{self.config.run_dir}: {self.total:,} steps of {self.steps.batch_size} images, {self.steps.per_epoch:,} an epoch"
-            + (f" ({idle} images sit out, others each time)" if idle else "")
+            + (f" (each epoch leaves out {idle} other images)" if idle else "")
             + (f"; resumes after step {first:,}" if first else "")
         )
         if not first:
             self._record(lambda writer: writer.add_text("config", f"```yaml\n{to_yaml(self.config)}```"))
 
-    def tick(self, step: int) -> None:
+    def move_bar(self, step: int) -> None:
         """Move the progress bar to `step`."""
         self.bar.update(step - self.bar.n)
 

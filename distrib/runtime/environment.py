@@ -25,29 +25,29 @@ def from_environment(*names: str, default: int) -> int:
     return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
 
 
-def launched_rank() -> int:
+def env_rank() -> int:
     """This process's rank; works before `connect`."""
     return from_environment("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", default=0)
 
 
-def launched_world() -> int:
+def env_world_size() -> int:
     """The number of ranks; works before `connect`."""
     return from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
 
 
-def local_rank() -> int:
+def env_local_rank() -> int:
     """This process's rank among those on its machine."""
     return from_environment("LOCAL_RANK", default=0)
 
 
-def local_world() -> int:
+def env_local_world_size() -> int:
     """The number of ranks on this machine."""
     return from_environment("LOCAL_WORLD_SIZE", default=1)
 
 
 def refuse_unconnected_processes() -> None:
     """Raise UserError if several processes were started without the variables that connect them."""
-    started = launched_world()
+    started = env_world_size()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if started > 1 and missing:
@@ -59,7 +59,7 @@ def refuse_unconnected_processes() -> None:
 
 def threads_of_a_rank(local_ranks: int) -> int:
     """The CPU cores of a rank: SLURM's number if the ranks are its tasks, else an even part of the machine's cores."""
-    if from_environment("SLURM_STEP_NUM_TASKS", default=0) == launched_world():
+    if from_environment("SLURM_STEP_NUM_TASKS", default=0) == env_world_size():
         return from_environment("SLURM_CPUS_PER_TASK", default=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_ranks)

@@ -10,15 +10,18 @@ from typing import Any, NoReturn
 
 from distrib.errors import RunError, UserError, lost_rank, one_line
 from distrib.runtime import signals
-from distrib.runtime.environment import launched_rank
+from distrib.runtime.environment import env_rank
 
 PATIENCE = 5.0  # seconds that the speaker has to print an error before another rank prints it
 
 
 def print_once(text: str) -> int:
     """Print on rank 0; returns the exit code 0."""
-    if launched_rank() == 0:
-        print(text)
+    if env_rank() == 0:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -30,7 +33,7 @@ def report(error: Exception) -> int:
     if isinstance(error, RunError):
         print_one_line(error, error.speaker)
     elif lost_rank(error):  # another rank names the one that exited
-        print(f"distrib: rank {launched_rank()} exits, since another rank has exited ({one_line(error)})", file=sys.stderr)
+        print(f"distrib: rank {env_rank()} exits, since another rank has exited ({one_line(error)})", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return 1
@@ -38,7 +41,7 @@ def report(error: Exception) -> int:
 
 def print_one_line(error: Exception, speaker: int) -> None:
     """Rank `speaker` prints the error. If it has not done so after PATIENCE, this rank prints it."""
-    rank = launched_rank()
+    rank = env_rank()
     if rank != speaker:
         give_up = time.monotonic() + PATIENCE
         while time.monotonic() < give_up:

@@ -18,7 +18,7 @@ from torch import nn
 
 from distrib.config import Config
 from distrib.errors import RunError, UserError
-from distrib.runtime.environment import launched_world, local_world, refuse_unconnected_processes, threads_of_a_rank
+from distrib.runtime.environment import env_local_world_size, env_world_size, refuse_unconnected_processes, threads_of_a_rank
 
 T = TypeVar("T")
 
@@ -28,40 +28,40 @@ def connect(config: Config) -> PartialState:
 
     Raises UserError if the processes were launched so that each would train alone.
     """
-    threads = config.threads or threads_of_a_rank(local_world())
+    threads = config.threads or threads_of_a_rank(env_local_world_size())
     os.environ["OMP_NUM_THREADS"] = str(threads)  # if it is not set, accelerate sets another number of threads
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which leaves most cores idle
     gpus = torch.cuda.device_count()  # NVIDIA's, and AMD's under ROCm; with other GPUs, such as a Mac's, the CPU is used
     refuse_unconnected_processes()
-    if 0 < gpus < local_world():
-        way_out = f"start {gpus}, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
-        raise UserError(f"{local_world()} ranks on this machine are more than its {gpus} GPUs: {way_out}")
+    if 0 < gpus < env_local_world_size():
+        way_out = f"start {gpus} ranks, or export CUDA_VISIBLE_DEVICES= to train on the CPU"
+        raise UserError(f"{env_local_world_size()} ranks on this machine are more than its {gpus} GPUs: {way_out}")
     if gpus:
         torch.backends.cudnn.benchmark = config.cudnn_benchmark
-        torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # some of cuDNN's other kernels add in any order
+        torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # without it, cuDNN may use nondeterministic kernels
         torch.set_float32_matmul_precision("high")  # TF32, which is the default of convolutions
     init_process_group("cuda" if gpus else "cpu", config)
-    state = PartialState(cpu=not gpus)  # without cpu=True and a GPU, accelerate takes each process for the only one
-    assert state.num_processes == launched_world(), state.num_processes
+    state = PartialState(cpu=not gpus)  # on a machine without GPUs, accelerate needs cpu=True to see the other ranks
+    assert state.num_processes == env_world_size(), state.num_processes
     return state
 
 
 def init_process_group(device: str, config: Config) -> None:
-    """Create torch's process group, if there are several ranks. A collective fails after the longest of the limits."""
-    if launched_world() == 1 or torch.distributed.is_initialized():
+    """Create torch's process group, if there are several ranks; `collective_timeout` is the timeout of its collectives."""
+    if env_world_size() == 1 or torch.distributed.is_initialized():
         return
     limit, distributed = collective_timeout(config), cast(Any, torch.distributed)
     store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
-    attempt = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
+    own_keys = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
     backend = distributed.get_default_backend_for_device(device)
-    distributed.init_process_group(backend, timeout=limit, store=attempt, rank=rank, world_size=world)
+    distributed.init_process_group(backend, timeout=limit, store=own_keys, rank=rank, world_size=world)
     atexit.register(destroy_process_group)  # for programs that use distrib as a library
 
 
 def destroy_process_group() -> None:
-    """Destroy the process group at the end of a program. Every rank must call this, after its last reference to a DDP model.
+    """Destroy the process group at the end of a program. Every rank must call this, after it has released its DDP model.
 
-    gloo aborts a process that exits while a DDP model holds the group: in 3 to 27 of 100 clean runs.
+    Otherwise gloo may abort the process at its exit: measured in 3 to 27 of 100 runs that had ended well.
     """
     failed = hasattr(sys, "last_value")  # the program ends with an exception: the other ranks may have exited already
     if torch.distributed.is_initialized() and not failed:
@@ -71,12 +71,12 @@ def destroy_process_group() -> None:
 
 
 def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
-    """A new name for this attempt, the same on all ranks: the prefix of its keys in the store. Every rank must call this.
+    """Agree on a new prefix for the keys of this attempt in the store; returns it. Every rank must call this.
 
-    A launcher that restarts its ranks keeps their store, with the keys of the ranks that died: two in three restarts would fail
-    or hang. Each machine counts restarts for itself, so a count is no common name. Therefore each rank writes a random token,
-    and rank 0 answers every token that it sees with its own. Ranks that died do not acknowledge the answer; when all ranks
-    have, its token is the name.
+    A launcher that restarts the ranks keeps the store, and the keys of the previous attempt with it. With these keys, two of
+    three restarts failed or hung. The number of the restart cannot serve as prefix, because each machine counts separately.
+    So each rank writes a random token. Rank 0 answers each token with its own token, until every rank has acknowledged that
+    answer. Tokens of the previous attempt are never acknowledged. Rank 0's token is the prefix.
     """
     token = secrets.token_hex(8)
     if rank:
@@ -84,14 +84,14 @@ def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
         name: str = store.get(f"answer to {token}").decode()
         store.set(f"{token} acknowledges {name}", "")
         return name
-    waiting = dict.fromkeys(range(1, world), "")
-    while waiting:
-        for other, seen in [*waiting.items()]:
+    answered = dict.fromkeys(range(1, world), "")  # the token of each rank that has not acknowledged yet
+    while answered:
+        for other, seen in [*answered.items()]:
             if seen and store.check([f"{seen} acknowledges {token}"]):
-                del waiting[other]
+                del answered[other]
             elif store.check([f"rank {other}"]):
-                waiting[other] = store.get(f"rank {other}").decode()
-                store.set(f"answer to {waiting[other]}", token)
+                answered[other] = store.get(f"rank {other}").decode()
+                store.set(f"answer to {answered[other]}", token)
         time.sleep(0.01)
     return token
 
@@ -116,8 +116,8 @@ def rank0_first(action: Callable[[bool], T]) -> T:
     if is_rank0():
         try:
             result = action(True)
-        except (UserError, RunError) as met:
-            error = met
+        except (UserError, RunError) as raised:
+            error = raised
     error = broadcast_object(error)
     if error is not None:
         raise error from None
@@ -142,7 +142,7 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def raise_on_all(error: UserError | RunError | None) -> None:
-    """If ranks have an error, raise that of the lowest one on all ranks. Every rank must call this."""
+    """If some ranks have an error, all ranks raise the error of the lowest of them. Every rank must call this."""
     first = next((each for each in all_gather_object(error) if each), None)
     if first:
         raise first from None

@@ -12,7 +12,7 @@ from distrib.config import Config, differences, keys_of
 from distrib.errors import RunError, UserError, lost_rank, one_line
 from distrib.runtime import ranks
 from distrib.runtime.disk import write_atomically
-from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.environment import env_rank, env_world_size
 from distrib.runtime.lock import run_lock, try_lock
 from distrib.runtime.status import begin_status, read_status, up_seconds, write_status
 from distrib.runtime.stop_vote import StopVote
@@ -26,7 +26,7 @@ def open_run(config: Config, began: float) -> Iterator[None]:
 
     Raises UserError if the folder cannot be written or is in use, and RunError with the name of the rank if one has exited.
     """
-    run_dir, rank = Path(config.run_dir), launched_rank()
+    run_dir, rank = Path(config.run_dir), env_rank()
     with ExitStack() as stack:
         lock = ranks.rank0_first(lambda rank0: stack.enter_context(start_attempt(run_dir, rank, began)))
         try:
@@ -83,7 +83,7 @@ def refuse(run_dir: str | Path, differ: list[str]) -> None:
 
 def without_others(run_dir: Path, lock: IO[str], rank: int, error: Exception) -> RunError:
     """The error of a rank that lost others: it names the ranks that hold no lock. The lowest remaining rank writes it."""
-    others = set(range(launched_world())) - {rank}
+    others = set(range(env_world_size())) - {rank}
     gone = sorted(other for other in others if try_lock(lock, other))
     time.sleep(LINGER)
     speaker = min({rank, *others} - {*gone})

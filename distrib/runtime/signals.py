@@ -93,17 +93,30 @@ def stop_with_launcher() -> None:
         os._exit(1)
 
 
+@contextmanager
+def blocked_in_workers() -> Iterator[None]:
+    """Start loader workers in here: all of their threads inherit the block, also those that torch starts before `guard_worker`.
+
+    Signals that come meanwhile reach this process at the end. Only Linux tells a worker later who sent a signal.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def guard_worker(worker: int, report: Path) -> None:
     """Let only its parent stop a loader worker: launchers and SLURM send signals to every process.
 
     Without its workers, a rank could not reach the step before which all ranks stop. On SHOW_STACKS from its parent, a worker
-    adds the stacks of its threads to `report`. Only Linux tells who sent a signal.
+    adds the stacks of its threads to `report`. The worker was started in `blocked_in_workers`.
     """
     if sys.platform != "linux":
         return
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, SHOW_STACKS})
     parent = os.getppid()
 
     def wait() -> None:

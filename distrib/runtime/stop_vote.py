@@ -11,7 +11,7 @@ import torch
 
 from distrib.config import Config
 from distrib.runtime import ranks, signals
-from distrib.runtime.environment import launched_world
+from distrib.runtime.environment import env_world_size
 
 
 class StopVote:
@@ -25,7 +25,7 @@ class StopVote:
 
     def __init__(self, config: Config) -> None:
         self.file = Path(config.run_dir, "STOP")
-        self.several = launched_world() > 1
+        self.several = env_world_size() > 1
         self.group: Any = (
             torch.distributed.new_group(backend="gloo", timeout=ranks.collective_timeout(config)) if self.several else None
         )

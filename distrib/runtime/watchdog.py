@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import NoReturn
 
 from distrib.config import Config
-from distrib.runtime.environment import launched_rank, launched_world
+from distrib.runtime.environment import env_rank, env_world_size
 from distrib.runtime.lock import show_life
 from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
 from distrib.runtime.status import write_status
@@ -32,7 +32,7 @@ class Watchdog:
 
     def __init__(self, config: Config) -> None:
         self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
-        self.rank, self.world = launched_rank(), launched_world()
+        self.rank, self.world = env_rank(), env_world_size()
         self.stopwatch, self.over = Stopwatch(), False
         self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 

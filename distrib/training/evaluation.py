@@ -21,7 +21,7 @@ def evaluate(
     so the ranks exchange nothing before the sums.
     """
     broadcast_buffers(network)  # each rank has its own batch statistics; rank 0's are the ones that are saved
-    totals = Totals.of_none(accelerator.device)
+    totals = Totals.zero(accelerator.device)
     network.eval()
     for images, targets in loader.val(size):
         with accelerator.autocast():

@@ -22,9 +22,9 @@ from distrib.training.state import TrainState, snapshot
 
 
 def fit(state: TrainState, run: Run) -> str:
-    """Train from `state.step` to the end of the schedule, or until a stop is requested; returns who requested it, or "".
+    """Train from `state.step` to the end of the schedule, or until a signal or the file STOP; returns which, or "".
 
-    Every rank must call this. Raises RunError if numbers are not finite, or if the last state cannot be saved.
+    Every rank must call this. Raises RunError if a loss or gradient is not finite, or if the last state cannot be saved.
     """
     config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
     vote, stopped_by, saved = StopVote(config), "", state.step
@@ -35,7 +35,7 @@ def fit(state: TrainState, run: Run) -> str:
             break
         train_step(state, batch, run)
         run.stopwatch.stepped()
-        run.log.tick(state.step)
+        run.log.move_bar(state.step)
 
         if due(state.step, config.log_every, total):
             report(state, run)
@@ -54,14 +54,14 @@ def fit(state: TrainState, run: Run) -> str:
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something that happens every `every` steps is due after `step`; after the last step, everything is due."""
+    """Whether an action with the interval `every` is due after `step`; after the last step, all actions are due."""
     return step % every == 0 or step == total
 
 
 def train_step(state: TrainState, batch: Batch, run: Run) -> None:
-    """One optimizer step on this rank's share of a batch. Only fp16's gradient scaler waits for the device.
+    """One optimizer step on this rank's share of a batch. The host waits for the device in fp16 only, for the gradient scaler.
 
-    Python code that depends on the step belongs here: `device_step` is recorded once, if there is one GPU, and then replayed.
+    Python code that depends on the step belongs here: one GPU captures `device_step` as a CUDA graph once, and then replays it.
     """
     seed_dropout(fold(run.config.seed, DROPOUT, state.step, run.accelerator.process_index), run.accelerator.device)
     set_learning_rate(state.optimizer, run.schedule(state.step))
@@ -76,20 +76,20 @@ def device_step(state: TrainState, run: Run, batch: Batch) -> StepRecord:
     is not finite on some rank, the weights do not change on any rank.
     """
     may_skip = run.config.nonfinite == "skip" or state.scaler
-    statistics = [(buffer, buffer.clone()) for buffer in state.network.buffers()] if may_skip else []
+    saved_buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()] if may_skip else []
     micro_batches, sums = batch.split(run.micro_batches), []
     for i, (images, targets) in enumerate(micro_batches, 1):
         # The ranks exchange gradients once, after the last micro-batch.
         with nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
-            loss, measured = run.objective.train(run.model(images), targets)
+            loss, meter_sums = run.objective.loss_and_sums(run.model(images), targets)
             weight = len(targets) / len(batch.targets)
             scaled = state.scaler.scale(loss) if state.scaler else loss
             # 0 * loss is nan if the loss is not finite: then the gradient is nan on all ranks, so that all of them notice.
             scaled.backward(gradient=weight + 0 * loss.detach())
-        sums.append(measured)
+        sums.append(meter_sums)
 
     skipped, error = update(state, run)
-    for buffer, before in statistics:
+    for buffer, before in saved_buffers:
         buffer.copy_(torch.where(skipped == 0, buffer, before))
     if state.ema is not None:
         update_ema(*state.ema_pairs, run.config.optim.ema_decay)
@@ -99,12 +99,12 @@ def device_step(state: TrainState, run: Run, batch: Batch) -> StepRecord:
 def update(state: TrainState, run: Run) -> tuple[Tensor, Tensor]:
     """Step the optimizer if the gradient is finite. Returns whether the step was skipped, and whether that is an error.
 
-    Both are tensors of 1.0 or 0.0. In fp16 the gradient scaler decides, and the host waits for it. It expects overflows while
-    it lowers the scale: a skipped step is an error only if the scale cannot go lower.
+    Both are tensors of 1.0 or 0.0. In fp16 the gradient scaler decides. Overflows are normal while the scaler lowers its scale:
+    a skipped step is an error only if the scale cannot go lower.
     """
     optimizer: Any = state.optimizer
     if not state.scaler:
-        optimizer = optimizer.optimizer  # accelerate's wrapper searches the disk for a package in each step: 0.14 ms
+        optimizer = optimizer.optimizer  # accelerate's wrapper takes 0.14 ms per step: it looks for the package lomo_optim
         optimizer.found_inf = nonfinite(state.weights)  # torch's fused optimizers and Muon read it on the device
     if run.config.optim.clip_norm:
         run.accelerator.clip_grad_norm_(state.weights, run.config.optim.clip_norm)
@@ -120,7 +120,7 @@ def update(state: TrainState, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generators that layers such as dropout draw from. torch.manual_seed takes 70 times as long."""
+    """Seed the generators that layers such as dropout draw from. torch.manual_seed seeds every backend, which takes longer."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
@@ -140,7 +140,7 @@ def report(state: TrainState, run: Run) -> None:
         run.log.warn(run.replay.failure)
         run.replay.failure = ""
     run.log.training(state.step, values)
-    state.totals = Totals.of_none()
+    state.totals = Totals.zero()
 
 
 def validate(state: TrainState, run: Run) -> None:
@@ -149,7 +149,7 @@ def validate(state: TrainState, run: Run) -> None:
     if state.ema is not None:
         networks["val_ema"] = state.ema
     collect_records(state, run)
-    size = -(-run.loader.steps.share // run.micro_batches)  # so many images fit in memory at once: training uses as many
+    size = -(-run.loader.steps.share // run.micro_batches)  # a micro-batch of training, which fits in memory
     with run.stopwatch.during("evaluation"):
         for group, network in networks.items():
             work = partial(evaluate, network, run.loader, run.objective, run.accelerator, size, run.config.tta)
@@ -172,7 +172,7 @@ def save(state: TrainState, run: Run) -> int:
         if failure:
             run.log.warn(f"{failure}; trying again now")
         run.log.flush()  # what is logged up to this step must be on the disk before the checkpoint is
-        move_to_rank0(state, run)
+        sum_totals_on_rank0(state, run)
         state.kept_seconds += run.stopwatch.seconds_since_save()
         if run.accelerator.is_main_process:
             score = run.objective.score(state.values) if state.evaluated_step == state.step and state.values else None
@@ -180,7 +180,7 @@ def save(state: TrainState, run: Run) -> int:
     return state.step
 
 
-def move_to_rank0(state: TrainState, run: Run) -> None:
+def sum_totals_on_rank0(state: TrainState, run: Run) -> None:
     """Add the totals of all ranks on rank 0, and reset those of the others. Every rank must call this."""
     pooled = reduce_totals(state.totals, run.accelerator)
     flat = pooled.flat().cpu()

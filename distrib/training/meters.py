@@ -69,7 +69,7 @@ class Totals(NamedTuple):
     images: Tensor
 
     @classmethod
-    def of_none(cls, device: torch.device | str = "cpu") -> "Totals":
+    def zero(cls, device: torch.device | str = "cpu") -> "Totals":
         """Totals over no images."""
         return cls({}, torch.zeros((), dtype=torch.float64, device=device))
 

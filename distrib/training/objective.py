@@ -13,7 +13,8 @@ from distrib.training.meters import METERS, Meter, Sums, mean
 
 
 class Objective:
-    """A loss and its meters. A subclass must override `loss`; it may override the rest.
+    """A loss and its meters. A subclass must override `loss`; it may override the rest. If the loss has settings, override also
+    `losses` and `loss_sum` to report a loss without them, so that runs with other settings can be compared.
 
     Logits are (n, classes) floats; targets are class ids, (n,) int64, or (n, classes) floats.
     """
@@ -34,7 +35,7 @@ class Objective:
         """The loss that an evaluation reports, summed over the images."""
         return self.loss(logits.float(), targets) * len(targets)
 
-    def train(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
+    def loss_and_sums(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Sums]:
         """The loss, and the sums of the meters of a training step."""
         loss, reported = self.losses(logits, targets)
         return loss, {

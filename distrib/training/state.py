@@ -42,7 +42,7 @@ class TrainState:
     network: nn.Module
     optimizer: Optimizer  # wrapped by accelerate
     ema: nn.Module | None = None  # the moving average of the network's weights
-    totals: Totals = field(default_factory=Totals.of_none)  # of this rank's training images since the last report
+    totals: Totals = field(default_factory=Totals.zero)  # of this rank's training images since the last report
     step: int = 0
     evaluated_step: int = 0
     values: dict[str, float] = field(default_factory=dict)  # of the last evaluation; of the moving average if there is one
