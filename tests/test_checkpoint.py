@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +122,26 @@ def test_whatever_goes_wrong_in_a_save_a_good_checkpoint_is_found_and_the_next_s
         write(taken(4), run_dir, ABOUT, keep=2)
         assert found(run_dir) == (4, [])
         assert not [path for path in (run_dir / "checkpoints").iterdir() if path.suffix]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO, errno.ENOTSUP])
+def test_a_file_system_that_syncs_no_folders_can_be_saved_to_and_one_that_syncs_no_files_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fsync, refused = os.fsync, [stat.S_ISDIR]
+
+    def refusing(handle: int) -> None:
+        if any(kind(os.fstat(handle).st_mode) for kind in refused):
+            raise OSError(code, os.strerror(code))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    write(taken(1), tmp_path, ABOUT, keep=2)
+    assert found(tmp_path) == (1, [])
+    refused.append(stat.S_ISREG)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        write(taken(2), tmp_path, ABOUT, keep=2)
+    assert found(tmp_path) == (1, [])
 
 
 def test_every_flipped_bit_and_every_truncation_is_seen_and_the_one_before_is_used(tmp_path: Path) -> None:

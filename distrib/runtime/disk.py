@@ -12,6 +12,8 @@ T = TypeVar("T")
 # Errors of network file systems while a server is unreachable or a file handle is stale.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
 PAUSES = (0.1, 0.5, 2.0)  # seconds between two tries
+# Errors of file systems that cannot sync a folder, such as CIFS, FUSE and some Lustre.
+NO_FOLDER_SYNC = {errno.EINVAL, errno.EIO, errno.ENOTSUP}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -25,10 +27,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to the disk."""
+    """Sync a file to the disk, or the entries of a folder, where the file system can do that. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+            raise
     finally:
         os.close(handle)
 

@@ -32,8 +32,10 @@ class Stopwatch:
         """A phase that interrupts the current one."""
         before, _ = self.current
         self.enter(phase)
-        yield
-        self.enter(before)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def stepped(self) -> None:
         """A step has ended, and the next one starts."""
