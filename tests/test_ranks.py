@@ -73,7 +73,7 @@ def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2, or export"):
+    with pytest.raises(UserError, match=r"4 ranks on this machine are more than its 2 GPUs: start 2 ranks, or export"):
         ranks.connect(Config())
 
 
