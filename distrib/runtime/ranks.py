@@ -26,7 +26,7 @@ T = TypeVar("T")
 def connect(config: Config) -> PartialState:
     """Set this rank's threads and device, and connect it with the other ranks. Every rank must call this.
 
-    Raises UserError if the processes were launched so that each would train alone.
+    Raises UserError if the launcher did not set the variables that connect the processes.
     """
     threads = config.threads or threads_of_a_rank(env_local_world_size())
     os.environ["OMP_NUM_THREADS"] = str(threads)  # if it is not set, accelerate sets another number of threads
@@ -52,16 +52,16 @@ def init_process_group(device: str, config: Config) -> None:
         return
     limit, distributed = collective_timeout(config), cast(Any, torch.distributed)
     store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
-    own_keys = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
+    own_store = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
     backend = distributed.get_default_backend_for_device(device)
-    distributed.init_process_group(backend, timeout=limit, store=own_keys, rank=rank, world_size=world)
-    atexit.register(destroy_process_group)  # for programs that use distrib as a library
+    distributed.init_process_group(backend, timeout=limit, store=own_store, rank=rank, world_size=world)
+    atexit.register(destroy_process_group)  # programs that use distrib as a library do not call it
 
 
 def destroy_process_group() -> None:
     """Destroy the process group at the end of a program. Every rank must call this, after it has released its DDP model.
 
-    Otherwise gloo may abort the process at its exit: measured in 3 to 27 of 100 runs that had ended well.
+    Otherwise gloo may abort the process at its exit: this happened in 3 to 27 of 100 successful runs.
     """
     failed = hasattr(sys, "last_value")  # the program ends with an exception: the other ranks may have exited already
     if torch.distributed.is_initialized() and not failed:
@@ -71,12 +71,12 @@ def destroy_process_group() -> None:
 
 
 def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
-    """Agree on a new prefix for the keys of this attempt in the store; returns it. Every rank must call this.
+    """Agree on a new name for this attempt, the prefix of its keys in the store; returns it. Every rank must call this.
 
     A launcher that restarts the ranks keeps the store, and the keys of the previous attempt with it. With these keys, two of
-    three restarts failed or hung. The number of the restart cannot serve as prefix, because each machine counts separately.
-    So each rank writes a random token. Rank 0 answers each token with its own token, until every rank has acknowledged that
-    answer. Tokens of the previous attempt are never acknowledged. Rank 0's token is the prefix.
+    three restarts failed or hung. The number of the restart cannot be the name, because each machine counts separately. So each
+    rank writes a random token, and rank 0 answers with the token of rank 0, which is the name. Rank 0 repeats this until every
+    rank has acknowledged an answer; a token that the previous attempt left gets an answer, but nobody acknowledges it.
     """
     token = secrets.token_hex(8)
     if rank:
@@ -84,14 +84,14 @@ def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
         name: str = store.get(f"answer to {token}").decode()
         store.set(f"{token} acknowledges {name}", "")
         return name
-    answered = dict.fromkeys(range(1, world), "")  # the token of each rank that has not acknowledged yet
-    while answered:
-        for other, seen in [*answered.items()]:
+    missing = dict.fromkeys(range(1, world), "")  # the ranks that have not acknowledged yet, and their tokens
+    while missing:
+        for other, seen in [*missing.items()]:
             if seen and store.check([f"{seen} acknowledges {token}"]):
-                del answered[other]
+                del missing[other]
             elif store.check([f"rank {other}"]):
-                answered[other] = store.get(f"rank {other}").decode()
-                store.set(f"answer to {answered[other]}", token)
+                missing[other] = store.get(f"rank {other}").decode()
+                store.set(f"answer to {missing[other]}", token)
         time.sleep(0.01)
     return token
 

@@ -22,7 +22,7 @@ from distrib.training.state import TrainState, snapshot
 
 
 def fit(state: TrainState, run: Run) -> str:
-    """Train from `state.step` to the end of the schedule, or until a signal or the file STOP; returns which, or "".
+    """Train from `state.step` to the end, or until a signal or the file STOP; returns the name of what stopped it, or "".
 
     Every rank must call this. Raises RunError if a loss or gradient is not finite, or if the last state cannot be saved.
     """
@@ -59,9 +59,9 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def train_step(state: TrainState, batch: Batch, run: Run) -> None:
-    """One optimizer step on this rank's share of a batch. The host waits for the device in fp16 only, for the gradient scaler.
+    """One optimizer step on this rank's share of a batch. The host does not wait for the device, except in fp16 (GradScaler).
 
-    Python code that depends on the step belongs here: one GPU captures `device_step` as a CUDA graph once, and then replays it.
+    Python code that depends on the step belongs here, since a run on a single GPU captures `device_step` as a CUDA graph.
     """
     seed_dropout(fold(run.config.seed, DROPOUT, state.step, run.accelerator.process_index), run.accelerator.device)
     set_learning_rate(state.optimizer, run.schedule(state.step))
@@ -84,7 +84,7 @@ def device_step(state: TrainState, run: Run, batch: Batch) -> StepRecord:
             loss, meter_sums = run.objective.loss_and_sums(run.model(images), targets)
             weight = len(targets) / len(batch.targets)
             scaled = state.scaler.scale(loss) if state.scaler else loss
-            # 0 * loss is nan if the loss is not finite: then the gradient is nan on all ranks, so that all of them notice.
+            # 0 * loss is nan if the loss is not finite. DDP's all-reduce then makes the gradient nan on all ranks.
             scaled.backward(gradient=weight + 0 * loss.detach())
         sums.append(meter_sums)
 
@@ -105,7 +105,7 @@ def update(state: TrainState, run: Run) -> tuple[Tensor, Tensor]:
     optimizer: Any = state.optimizer
     if not state.scaler:
         optimizer = optimizer.optimizer  # accelerate's wrapper takes 0.14 ms per step: it looks for the package lomo_optim
-        optimizer.found_inf = nonfinite(state.weights)  # torch's fused optimizers and Muon read it on the device
+        optimizer.found_inf = nonfinite(state.weights)  # read on the device by torch's fused optimizers and by our Muon
     if run.config.optim.clip_norm:
         run.accelerator.clip_grad_norm_(state.weights, run.config.optim.clip_norm)
     optimizer.step()
@@ -163,9 +163,9 @@ def validate(state: TrainState, run: Run) -> None:
 def save(state: TrainState, run: Run) -> int:
     """Start to write a checkpoint; returns its step. Reports if the previous save failed. Every rank must call this.
 
-    Raises RunError if a step was not finite or the ranks' weights differ: such a state is not saved.
+    Raises RunError if a gradient was not finite or the ranks' weights differ: such a state is not saved.
     """
-    collect_records(state, run)  # waits for the device here, so that this time counts as steps and not as saving
+    collect_records(state, run)  # waits for the device, here, so that the stopwatch does not count this as saving
     with run.stopwatch.during("save"):
         check_replicas(state, run.accelerator)
         failure = ranks.broadcast_object(run.saver.wait())
