@@ -37,7 +37,7 @@ SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_ever
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that both of the processes that `make test` starts are busy to the end."""
+    """What takes longest begins first, so that all processes that `make test` starts are busy to the end."""
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
