@@ -10,9 +10,8 @@ BIN := .venv/bin
 train: .venv/ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(ARGS)
 
-# one process more than two cores: the tests of SLURM mostly wait
 test: .venv/ready-for-tests
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 # the tests that are not marked slow: pure functions and runs of one process, under 2 minutes
 test-quick: .venv/ready-for-tests
