@@ -134,7 +134,9 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     tmp_path: Path, whole: dict[tuple[int, int], Path], launcher: str, target: str, number: int, workers: int
 ) -> None:
     """`make stops` has all of them."""
-    run = Run(launcher, tmp_path / "run", *reading(whole, workers), **SLOW)
+    # With one thread, torch starts none in a loader worker, which could take the signal.
+    keys = [*reading(whole, workers), *(["threads=2"] if target == "group" else [])]
+    run = Run(launcher, tmp_path / "run", *keys, **SLOW)
     run.wait_for(r"step 30/")
     asked = time.monotonic()
     if target == "file":
@@ -160,10 +162,11 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     assert not (run.run_dir / "STOP").exists()
 
     ranks = 2 if launcher.endswith("2") else 1
-    again = launch(ranks, "train.py", *KEYS, *reading(whole, workers), f"run_dir={run.run_dir}")
+    again = launch(ranks, "train.py", *KEYS, *keys, f"run_dir={run.run_dir}")
     assert again.returncode == 0, again.stderr
     assert f"resumes after step {said[2]}" in again.stdout
-    assert_same(run.run_dir, whole[ranks, workers])
+    if target != "group":  # two threads may add in another order
+        assert_same(run.run_dir, whole[ranks, workers])
     assert status(run.run_dir)["state"] == "completed"
     print(launcher, target, int(number), workers, {name: [round(each, 1) for each in times] for name, times in TIMES.items()})
 
