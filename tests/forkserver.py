@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -77,6 +78,7 @@ def main(path: str) -> None:
     if os.fork() == 0:  # the server's end, when the tests have ended
         sys.stdin.read()
         os.kill(server, signal.SIGKILL)
+        shutil.rmtree(os.path.dirname(path))
         os._exit(0)
     gc.freeze()  # otherwise a collection in each process would copy all of this memory
     request = wait_for_request(path)

@@ -283,7 +283,7 @@ def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, t
     assert re.search(
         r"^epoch 0\.22  step 5/46  train: loss \d\.\d{4}  top1 \d+\.\d\d %  [\d,]+ images/s  \d\d:\d\d left$", out, re.M
     )
-    assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %", out, re.M)
+    assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %$", out, re.M)
     assert re.search(
         rf"^done: top1 {top1:.2f} %, best \d+\.\d\d % at step \d+; 2,760 images seen at [\d,]+ a second; ", out, re.M
     )

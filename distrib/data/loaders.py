@@ -16,7 +16,7 @@ from distrib.config import Config
 from distrib.data.augment import Augment, Normalize
 from distrib.data.files import Chunk, Reader
 from distrib.data.source import Arrays, Files, Source
-from distrib.data.steps import Share, Steps, val_range, val_shares
+from distrib.data.steps import Share, Steps, refuse_fewer_than_ranks, val_range, val_shares
 from distrib.errors import UserError
 from distrib.runtime.signals import blocked_in_workers, guard_worker
 from distrib.runtime.stacks import stack_report
@@ -160,9 +160,7 @@ class Loader:
     """
 
     def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
-        if len(source.val) < steps.world:
-            few = f"{steps.world} ranks are more than the {len(source.val)} validation images"
-            raise UserError(f"{few}: use {len(source.val)} or fewer")
+        refuse_fewer_than_ranks(len(source.val), steps.world, "validation")
         self.source, self.steps, self.device = source, steps, device
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
         self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))

@@ -89,8 +89,7 @@ class Steps:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.images < self.world:
-            raise UserError(f"{self.world} ranks are more than the {self.images} training images: use {self.images} or fewer")
+        refuse_fewer_than_ranks(self.images, self.world, "training")
         if self.images < self.batch_size:
             raise UserError(
                 f"batch_size {self.batch_size} is more than the {self.images} training images: use {self.images} or less"
@@ -114,6 +113,12 @@ class Steps:
         epoch, batch = divmod(step, self.per_epoch)
         first = batch * self.batch_size + self.rank * self.share
         return Share(epoch, order(self.images, self.seed, epoch)[first : first + self.share])
+
+
+def refuse_fewer_than_ranks(images: int, world: int, split: str) -> None:
+    """Raise UserError if a split of the data has fewer images than there are ranks."""
+    if images < world:
+        raise UserError(f"{world} ranks are more than the {images} {split} images: use {images} or fewer")
 
 
 def val_range(images: int, rank: int, world: int) -> range:

@@ -24,6 +24,8 @@ def torchvision_names() -> list[str]:
 def refuse_unknown_network(name: str) -> None:
     """Raise UserError if there is no network of this name."""
     refuse_own_object(name, "model.name")
-    known = [] if name in NETWORKS else torchvision_names()
-    if name not in NETWORKS and name not in known:
+    if name in NETWORKS:
+        return
+    known = torchvision_names()  # reads files: only where it is needed
+    if name not in known:
         raise UserError(f"there is no model {name!r}: use {' or '.join(NETWORKS)}, or one of torchvision: {', '.join(known)}")
