@@ -127,18 +127,14 @@ def test_slurm_tells_two_jobs_on_the_same_nodes_of_their_time_limit_and_both_go_
         slurm.tell("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")  # one more limit would prove nothing more
 
 
-def test_jobs_that_are_told_to_stop_go_back_into_the_queue_and_on(
+def test_a_job_that_is_told_to_stop_goes_back_into_the_queue_and_on(
     slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
 ) -> None:
-    """Two at once, with 0 and 2 loader workers."""
-    jobs = {workers: Job(slurm, root / f"told_{workers}", keys(root, workers), **SLOW) for workers in (0, 2)}
-    for job in jobs.values():
-        slurm.tell("scancel", "--signal=USR1", job.reports().id)
-    for job in jobs.values():
-        slurm.release(job.id)
-    for workers, job in jobs.items():
-        job.completes(1, whole[2, workers])
-        assert "slurm.sbatch: the run has stopped and can resume: back into the queue" in job.output.read_text()
+    job = Job(slurm, root / "told", keys(root, 2), **SLOW).reports()
+    slurm.tell("scancel", "--signal=USR1", job.id)
+    slurm.release(job.id)
+    job.completes(1, whole[2, 2])
+    assert "slurm.sbatch: the run has stopped and can resume: back into the queue" in job.output.read_text()
 
 
 def test_preempted_jobs_go_on_when_the_other_one_is_done(
