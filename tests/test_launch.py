@@ -122,7 +122,8 @@ def test_a_run_goes_on_when_tensorboards_file_cannot_be_written_and_tries_a_new_
 
     monkeypatch.setattr(RecordWriter, "write", writing)
     assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=10", "log_every=2"]) == 0
-    assert capsys.readouterr().out.count("warning: TensorBoard's file cannot be written: [Errno 28] No space left") == 1
+    # TensorBoard writes in a thread: the second error may come while its file is opened, which is not reported, or later.
+    assert capsys.readouterr().out.count("warning: TensorBoard's file cannot be written: [Errno 28] No space left") in (1, 2)
     steps = [step for step, _ in points(tmp_path)["train/loss"]]
     assert steps[0] == 2
     assert steps[-8:] == list(range(32, 47, 2))
