@@ -22,6 +22,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from distrib.runtime import signals
@@ -68,6 +69,8 @@ def one_process() -> Iterator[None]:
     """
     environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in signals.SIGNALS}
     torch.set_num_threads(1)
+    # TensorBoard reads files of the same second by name, and the tenth file of a process comes before the ninth.
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(0)
     yield
     os.environ.clear()
     os.environ.update(environment)

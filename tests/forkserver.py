@@ -54,8 +54,9 @@ def wait_for_request(path: str) -> dict[str, Any]:
     """Accept connections for ever; returns in the processes that are started, with what they are to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the processes that wait for others
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{path}.new")
         listener.listen(64)
+        os.rename(f"{path}.new", path)  # a client may connect as soon as it sees this name
         while True:
             connection, _ = listener.accept()
             if os.fork():

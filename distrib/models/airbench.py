@@ -15,7 +15,7 @@ class Airbench(nn.Module):
     ReLU replaces GELU, which takes a CPU a fifth longer.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, classes: int, width: int, dropout: float) -> None:
         super().__init__()
         widths = [channels, width, 2 * width, 4 * width]
         self.blocks = nn.Sequential(*(identity_block(*pair, of_image=pair[0] <= 3) for pair in pairwise(widths)))

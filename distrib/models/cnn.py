@@ -12,7 +12,7 @@ class CNN(nn.Module):
     Only the stem has full resolution, and it is narrow: an image of 28x28 pixels takes 30 million multiplications.
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 64, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, classes: int, width: int, dropout: float) -> None:
         super().__init__()
         stem = -(-width // 2)
         self.stem = unit(channels, stem)
