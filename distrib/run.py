@@ -25,6 +25,7 @@ from distrib.runtime.checkpoint import Saver
 from distrib.runtime.environment import with_accelerate_settings
 from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
 from distrib.runtime.status import write_status
+from distrib.runtime.stop_vote import StopVote
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.runtime.watchdog import Watchdog
 from distrib.training import memory
@@ -59,14 +60,15 @@ def train(
     """
     began = time.time() if began is None else began
     config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
-    with signals.listening(), Watchdog(config) as stopwatch, ExitStack() as cleanup:
-        device = ranks.connect(config).device
+    watchdog = Watchdog(config)
+    with signals.listening(), watchdog as stopwatch, ranks.connected(config) as channel, ExitStack() as cleanup:
+        watchdog.channel = channel
         data = source or load_shared(config.data)
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
         identity = Identity(config, data, fingerprint, objective or build_objective(config), longer)
-        state, run, setup = prepare(identity, network, device, stopwatch, cleanup)
-        with open_run(config, began):
+        state, run, setup = prepare(identity, network, stopwatch, StopVote(config, channel), cleanup)
+        with open_run(config, channel, began):
             run_dir = Path(config.run_dir)
             warnings = ranks.on_rank0(partial(upgrade, run_dir, state, run.saver.about))
             warnings += restore(state, run_dir, identity.refuse_another)
@@ -80,10 +82,15 @@ def train(
 
 
 def prepare(
-    identity: Identity, network: NetworkOrBuilder | None, device: torch.device, stopwatch: Stopwatch, cleanup: ExitStack
+    identity: Identity,
+    network: NetworkOrBuilder | None,
+    stopwatch: Stopwatch,
+    vote: StopVote,
+    cleanup: ExitStack,
 ) -> tuple[TrainState, Run, list[str]]:
     """Build everything a run needs; returns also lines for the user. Writes no file. Every rank must call this."""
     earlier, source, objective = identity.find_earlier_choices(), identity.source, identity.objective
+    device = ranks.device()
     config, precision = choose(identity.config, earlier, device)
     accelerator = make_accelerator(config)
     if device.type == "cpu":
@@ -103,7 +110,7 @@ def prepare(
     replay = Replay(wanted=wanted, undo=state.optimizer.zero_grad)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
-    run = Run(config, objective, accelerator, model, loader, schedule, log, saver, stopwatch, note, replay, micro_batches)
+    run = Run(config, objective, accelerator, model, loader, schedule, vote, log, saver, stopwatch, note, replay, micro_batches)
     return state, run, [*(f"warning: {each}" for each in cut), setup]
 
 
@@ -144,7 +151,7 @@ def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> st
     run.write_status("running", **progress(state.numbers()))
     attempts.record(config, state.step)
     rank, auto = run.accelerator.process_index, config.micro_batches == AUTO
-    explained = memory.memory_errors_explained(state, Path(config.run_dir), rank, run.micro_batches, auto=auto)
+    explained = memory.memory_errors_explained(state, rank, run.micro_batches, auto=auto)
     with log.opened(state.step), run.saver, explained:
         log.opening(state.step, lines, source, state.network)
         stopped_by = fit(state, run)

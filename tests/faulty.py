@@ -4,6 +4,7 @@ MARK is a file that is made when the fault strikes, and which keeps it from stri
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     signals.listen()
 
 import torch
+from paced import blocked
 
 from distrib import cli, run
 from distrib.data.files import Reader
@@ -49,6 +51,12 @@ def steps_aside(state: TrainState, *rest: Any) -> None:
             ctypes.PyDLL(None).pthread_mutex_lock(mutex)
         if fault in ("SIGSTOP", "SIGKILL"):
             os.kill(os.getpid(), getattr(signal, fault))
+        if fault == "orphan":
+            for worker in multiprocessing.active_children():
+                assert worker.pid
+                os.kill(worker.pid, signal.SIGSTOP)
+                mark.write_text(f"{worker.pid}")
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "bit":
             with torch.no_grad():
                 next(state.network.parameters()).view(torch.int32).view(-1)[0] ^= 1
@@ -93,5 +101,7 @@ if __name__ == "__main__":
         Reader.__getitem__ = stuck
     if fault == "memory":
         run.build_model = with_little_memory(run.build_model)
+    if "BLOCK" in os.environ:
+        run.fit = blocked
     watchdog.GATHER = 6.0  # a busy machine may take longer than usual to write stacks
     exits.leave(cli.main(["train", *sys.argv[5:]]))

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, points, weights
 from test_launch import ACCELERATE, pictures
 
 from distrib.data.steps import Steps
+from distrib.errors import HANG, LOST_RANK
 from distrib.runtime.stacks import blocking_ranks, current_call, summary
 from distrib.runtime.status import read_status
 
@@ -59,7 +61,7 @@ def test_a_rank_that_hangs_is_named_and_the_restarted_run_finishes(
     """The first one is restarted by its launcher, the others by the same command."""
     run_dir = tmp_path / "run"
     done = faulty(fault, 1, 25, run_dir, restarts=int(fault == "sleep"))
-    assert (done.returncode == 0) == (fault == "sleep"), done.stderr
+    assert done.returncode == (0 if fault == "sleep" else HANG), done.stderr
     words = rf"^distrib: no progress for \d+ s \(limits.step={LIMIT}\): {culprit}; stacks are in \S+$"
     assert len(re.findall(words, done.stderr, re.M)) == 1, done.stderr
     told = {path.name: path for path in (run_dir / "hang").iterdir()}
@@ -79,7 +81,7 @@ def test_a_loader_worker_that_hangs_is_shown_with_its_rank(tmp_path: Path) -> No
     folder = pictures(tmp_path / "folder")
     keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=4", "data.workers=1", "micro_batches=1"]
     done = faulty("worker", 1, 0, tmp_path / "run", *keys)
-    assert done.returncode == 1
+    assert done.returncode == HANG
     assert re.search(r"rank 1 waits for its loader workers; rank 0 waits for other ranks; stacks", done.stderr), done.stderr
     assert re.search(r"loader worker 0, process \d+:\n(.*\n)+.* in stuck\n", (tmp_path / "run/hang/rank_1.txt").read_text())
 
@@ -95,12 +97,31 @@ def test_a_dead_rank_is_named_and_the_first_restart_goes_on(tmp_path: Path, whol
 
 
 @pytest.mark.slow
-def test_a_dead_rank_is_what_the_status_says(tmp_path: Path) -> None:
-    done = faulty("SIGKILL", 1, 25, tmp_path / "run")
-    assert done.returncode != 0
-    assert done.stderr.count("distrib: rank 1 has exited, so the other ranks exit too") == 1
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("backend", ["gloo", "blocks"])
+def test_a_dead_rank_is_what_the_status_says_also_if_the_collective_blocks_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dead: int
+) -> None:
+    if backend == "blocks":
+        monkeypatch.setenv("BLOCK", "1")
+    done = faulty("SIGKILL", dead, 25, tmp_path / "run")
+    assert done.returncode in (-signal.SIGKILL, LOST_RANK)  # of the rank that was seen first
+    assert done.stderr.count(f"distrib: rank {dead} has exited, so the other ranks exit too") == 1
     status = read_status(tmp_path / "run")
-    assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", "rank 1 has exited", 1, 20)
+    assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", f"rank {dead} has exited", dead, 20)
+
+
+@pytest.mark.slow
+def test_a_loader_worker_that_outlives_its_rank_does_not_hide_its_death(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker, which is suspended, inherited what its rank had open."""
+    folder = pictures(tmp_path / "folder")
+    keys = ["data.name=folder", f"data.root={folder}", "data.size=16", "batch_size=4", "data.workers=1", "limits.step=60"]
+    monkeypatch.setenv("BLOCK", "1")
+    done = faulty("orphan", 1, 3, tmp_path / "run", *keys)
+    os.kill(int((tmp_path / "run.mark").read_text()), signal.SIGKILL)
+    assert "distrib: rank 1 has exited, so the other ranks exit too" in done.stderr
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +56,6 @@ def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: s
         patched.setattr(loop, "train_step", step)
         with pytest.raises(Kill):
             run(run_dir, *args)
-    time.sleep(1 - time.time() % 1)  # the files of one process that begin in the same second are not in order for TensorBoard
 
 
 def plain(model: nn.Module, config: Config, rate: float = 0.1, micro_batches: int = 1) -> tuple[TrainState, Run]:
@@ -68,7 +66,7 @@ def plain(model: nn.Module, config: Config, rate: float = 0.1, micro_batches: in
     loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
     schedule: Any = lambda step: rate  # noqa: E731
     objective, stopwatch = build_objective(config), Stopwatch()
-    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, stopwatch, unused)
+    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, unused, stopwatch, unused)
     return TrainState(model, optimizer), replace(run, micro_batches=micro_batches)
 
 

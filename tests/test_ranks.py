@@ -21,6 +21,7 @@ from distrib.command_line import load_config, read_config
 from distrib.config import Config
 from distrib.errors import UserError
 from distrib.runtime import ranks, stop_vote
+from distrib.runtime.control_channel import ControlChannel
 from distrib.runtime.environment import accelerate_settings_hidden, threads_of_a_rank, with_accelerate_settings
 from distrib.runtime.stop_vote import StopVote
 
@@ -80,8 +81,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, voted = [0.0], []
     monkeypatch.setattr(stop_vote.time, "perf_counter", lambda: clock[0])
-    ranks.connect(Config(threads=1))
-    vote = StopVote(Config(run_dir=str(tmp_path)))
+    vote = StopVote(Config(run_dir=str(tmp_path)), ControlChannel(0, {}))
     for step in range(5000, 6000):  # resumes after step 5000, at 20 steps a second
         before = vote.next
         assert vote(step) == ""
@@ -94,8 +94,7 @@ def test_a_vote_comes_twice_a_second_wherever_a_run_goes_on(tmp_path: Path, monk
 
 
 def test_the_file_stop_is_heard_once(tmp_path: Path) -> None:
-    ranks.connect(Config(threads=1))
-    vote = StopVote(Config(run_dir=str(tmp_path)))
+    vote = StopVote(Config(run_dir=str(tmp_path)), ControlChannel(0, {}))
     assert vote(0) == ""
     (tmp_path / "STOP").write_text("")
     assert vote(1) == "the file STOP"
@@ -107,8 +106,7 @@ def test_a_disk_that_fails_for_a_moment_ends_no_run(tmp_path: Path, monkeypatch:
     def stale(path: object, **_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    ranks.connect(Config(threads=1))
-    vote = StopVote(Config(run_dir=str(tmp_path)))
+    vote = StopVote(Config(run_dir=str(tmp_path)), ControlChannel(0, {}))
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", stale)
         assert vote(0) == ""

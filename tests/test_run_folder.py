@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,20 @@ from distrib.command_line import read_config
 from distrib.config import Config, OptimConfig
 from distrib.errors import RunError, UserError
 from distrib.runtime import disk, lock, status
+from distrib.runtime.control_channel import ControlChannel
 from distrib.runtime.lock import run_lock
 from distrib.runtime.run_folder import ask_for_requeue, open_run, refuse_another_config, write_config
 from distrib.runtime.status import read_status, write_status
 
 
+def opened(config: Config, ago: float = 0) -> AbstractContextManager[None]:
+    """The folder of an attempt of one rank that began some seconds ago."""
+    return open_run(config, ControlChannel(0, {}), time.time() - ago)
+
+
 def begin(config: Config, *, longer: bool = False) -> None:
     refuse_another_config(config, longer=longer)
-    with open_run(config, time.time()):
+    with opened(config):
         write_config(config)
 
 
@@ -63,9 +70,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 HOLD = """
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from distrib.runtime.lock import run_lock
-with run_lock(Path({!r}), 0):
+with run_lock(Path({!r})):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -87,53 +95,12 @@ def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     words = rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"
-    with pytest.raises(UserError, match=words), run_lock(tmp_path, 0):
+    with pytest.raises(UserError, match=words), run_lock(tmp_path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with run_lock(tmp_path, 0):
+    with run_lock(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
-
-
-SURVIVE = """
-import sys
-from pathlib import Path
-from distrib.runtime.lock import run_lock
-from distrib.runtime.run_folder import without_others
-run_dir, rank = Path({!r}), int(sys.argv[1])
-with run_lock(run_dir, rank) as lock:
-    print("held", flush=True)
-    sys.stdin.readline()
-    error = without_others(run_dir, lock, rank, RuntimeError("Connection closed by peer"))
-    print(error.speaker, error, flush=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("dead", "speaker"), [(0, 1), (1, 0)])
-def test_all_ranks_that_are_left_see_which_one_is_gone_and_one_of_them_speaks(tmp_path: Path, dead: int, speaker: int) -> None:
-    (tmp_path / "status.json").write_text('{"state": "running"}')
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SURVIVE.format(str(tmp_path)), str(rank)],
-            cwd=ROOT,
-            env=os.environ | {"WORLD_SIZE": "3"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    assert [each.stdout.readline() for each in ranks if each.stdout] == 3 * ["held\n"]
-    ranks[dead].kill()
-    ranks[dead].communicate()
-    left = [each for each in reversed(ranks) if each is not ranks[dead]]
-    for each in left:
-        assert each.stdin is not None
-        print(file=each.stdin, flush=True)
-    told = [each.communicate()[0] for each in left]
-    assert all(each.startswith(f"{speaker} rank {dead} has exited, so the other ranks exit too") for each in told), told
-    assert read_status(tmp_path).items() >= {"state": "failed", "cause": f"rank {dead} has exited", "rank": dead}.items()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +119,7 @@ def test_a_trainer_that_is_about_to_leave_is_waited_for(
     monkeypatch.setattr(lock, "PATIENCE", 300)
     began = time.monotonic()
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
-    with run_lock(tmp_path, 0):
+    with run_lock(tmp_path):
         assert time.monotonic() - began > 0.4
     killer.wait()
     holder.wait()
@@ -160,13 +127,13 @@ def test_a_trainer_that_is_about_to_leave_is_waited_for(
 
 def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path))
-    with open_run(config, time.time()):
+    with opened(config):
         time.sleep(0.2)
         write_status(tmp_path, "running", step=3, kept_seconds=0.1)
         found = read_status(tmp_path)
         assert found.items() >= {"state": "running", "step": 3, "attempts": 1}.items()
         assert found["goodput"] == pytest.approx(0.1 / found["seconds"], abs=1e-3)
-    with pytest.raises(ZeroDivisionError), open_run(config, time.time()):
+    with pytest.raises(ZeroDivisionError), opened(config):
         1 / 0  # noqa: B018
     write_status(tmp_path, step=4)  # by a save that was under way
     failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2, "step": 4}
@@ -187,7 +154,7 @@ def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatc
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with open_run(Config(run_dir=str(tmp_path)), time.time()):
+    with opened(Config(run_dir=str(tmp_path))):
         monkeypatch.setattr(status, "write_atomically", full)
         write_status(tmp_path, "running", step=3)
 
@@ -224,10 +191,10 @@ def test_the_time_between_two_attempts_does_not_count(tmp_path: Path) -> None:
     disk.write_atomically(tmp_path / "status.json", '{"seconds": 7.5}')
     for name, ago in (("status.json", 1000), ("lock", 990)):
         os.utime(tmp_path / name, (time.time() - ago, time.time() - ago))
-    with open_run(config, time.time() - 2):
+    with opened(config, 2):
         assert 19.5 <= read_status(tmp_path)["seconds"] < 100
 
 
 def test_the_time_before_a_run_folder_is_opened_counts(tmp_path: Path) -> None:
-    with open_run(Config(run_dir=str(tmp_path)), time.time() - 100):
+    with opened(Config(run_dir=str(tmp_path)), 100):
         assert 100 <= read_status(tmp_path)["seconds"] < 200

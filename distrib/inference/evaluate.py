@@ -13,6 +13,7 @@ from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import ranks
 from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint
+from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective
 from distrib.training.parallel import make_accelerator
@@ -39,23 +40,24 @@ def evaluate(
         name = getattr(config, section).name
         if given is None and name.startswith(OWN):
             raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to evaluate() too")
-    state = ranks.connect(config)
-    source = source or load_shared(config.data)
-    refuse_other_classes(folder, manifest, source)
-    agree_on_precision(config.precision, state.device)
-    accelerator = make_accelerator(config)
-    built = ranks.rank0_first(lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=False))
-    file = folder / (EMA if (folder / EMA).exists() else MODEL)
-    differ = tensor_differences(shapes(file), {name: (each.shape, each.dtype) for name, each in built.state_dict().items()})
-    if differ:
-        raise UserError(f"{folder} was saved with another network: {differ}")
-    built.load_state_dict(read_tensors(file))
-    # One image per rank and step: no step is run, and the data may have fewer images than a batch.
-    steps = Steps(len(source.train), state.num_processes, config.seed, state.process_index, state.num_processes)
-    loader = Loader(source, config, steps, state.device)
-    size = max(1, config.batch_size // state.num_processes)
-    objective = objective or build_objective(config)
-    return evaluation.evaluate(built.to(state.device), loader, objective, accelerator, size, config.tta)
+    with ranks.connected(config) as channel:
+        source = source or load_shared(config.data)
+        refuse_other_classes(folder, manifest, source)
+        agree_on_precision(config.precision, ranks.device())
+        accelerator = make_accelerator(config)
+        built = ranks.rank0_first(
+            lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=False)
+        )
+        file = folder / (EMA if (folder / EMA).exists() else MODEL)
+        differ = tensor_differences(shapes(file), {name: (each.shape, each.dtype) for name, each in built.state_dict().items()})
+        if differ:
+            raise UserError(f"{folder} was saved with another network: {differ}")
+        built.load_state_dict(read_tensors(file))
+        # One image per rank and step: no step is run, and the data may have fewer images than a batch.
+        world, device = env_world_size(), ranks.device()
+        loader = Loader(source, config, Steps(len(source.train), world, config.seed, channel.rank, world), device)
+        objective, size = objective or build_objective(config), max(1, config.batch_size // world)
+        return evaluation.evaluate(built.to(device), loader, objective, accelerator, size, config.tta)
 
 
 def config_of(manifest: dict[str, Any]) -> Config:

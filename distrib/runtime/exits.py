@@ -8,11 +8,11 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from distrib.errors import RunError, UserError, lost_rank, one_line
+from distrib.errors import RunError, UserError, exit_code
 from distrib.runtime import signals
 from distrib.runtime.environment import env_rank
 
-PATIENCE = 5.0  # seconds that the speaker has to print an error before another rank prints it
+PATIENCE = 5.0  # seconds that rank 0 has to print an error before another rank prints it
 
 
 def print_once(text: str) -> int:
@@ -26,29 +26,22 @@ def print_once(text: str) -> int:
 
 
 def report(error: Exception) -> int:
-    """Print the error that ended a command; returns the exit code: 2 for a mistake of the user, else 1."""
-    if isinstance(error, UserError):
-        print_one_line(error, 0)
-        return 2
-    if isinstance(error, RunError):
-        print_one_line(error, error.speaker)
-    elif lost_rank(error):  # another rank names the one that exited
-        print(f"distrib: rank {env_rank()} exits, since another rank has exited ({one_line(error)})", file=sys.stderr)
-    else:
+    """Print the error that ended a command, unless another rank does; returns the exit code."""
+    if not isinstance(error, UserError | RunError):
         traceback.print_exception(error)
-    return 1
+    elif error.speaks or (error.speaks is None and not printed_by_rank0()):
+        print(f"distrib: {error}", file=sys.stderr, flush=True)
+    return exit_code(error)
 
 
-def print_one_line(error: Exception, speaker: int) -> None:
-    """Rank `speaker` prints the error. If it has not done so after PATIENCE, this rank prints it."""
-    rank = env_rank()
-    if rank != speaker:
-        give_up = time.monotonic() + PATIENCE
-        while time.monotonic() < give_up:
-            if signals.received() == signal.SIGTERM:  # from the launcher: the speaker has printed and exited
-                return
-            time.sleep(0.05)
-    print(f"distrib: {f'rank {rank}: ' if rank != speaker else ''}{error}", file=sys.stderr, flush=True)
+def printed_by_rank0() -> bool:
+    """Wait for rank 0 to print an error that each rank has met by itself; returns False if only this rank has met it."""
+    give_up = time.monotonic() + (PATIENCE if env_rank() else 0)
+    while time.monotonic() < give_up:
+        if signals.received() == signal.SIGTERM:  # from the launcher, after rank 0 has exited
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def leave(code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One training job at a time in a run folder: each rank locks one byte of the file `lock`, until its process ends."""
+"""One training job at a time in a run folder: rank 0 locks the file `lock` until its process ends."""
 
 import errno
 import fcntl
@@ -16,32 +16,28 @@ PATIENCE = 10.0  # seconds to wait for another job to exit: one that was just st
 
 
 @contextmanager
-def run_lock(run_dir: Path, rank: int) -> Iterator[IO[str]]:
-    """Lock the folder for this rank until this context or its process ends. Raises UserError if another job keeps the lock."""
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Lock the folder until this context or its process ends. Raises UserError if another job keeps the lock."""
     with (run_dir / "lock").open("a+") as lock:
         give_up = time.monotonic() + PATIENCE
-        while not try_lock(lock, rank, fcntl.LOCK_EX):
+        while not try_lock(lock):
             if time.monotonic() > give_up:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
                 raise UserError(f"run_dir {run_dir} is in use by {holder}: stop that, or give another run_dir")
             time.sleep(0.1)
-        if rank == 0:
-            lock.truncate(0)
-            job = os.environ.get("SLURM_JOB_ID")
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
-            lock.flush()
-        yield lock
+        lock.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+        lock.flush()
+        yield
 
 
-def try_lock(lock: IO[str], rank: int, kind: int = fcntl.LOCK_SH) -> bool:
-    """Try to lock the byte of a rank; returns False if another living process has locked it.
-
-    Several ranks may test a byte with LOCK_SH at the same time: it conflicts only with the LOCK_EX of a rank that starts.
-    """
+def try_lock(lock: IO[str]) -> bool:
+    """Try to lock a file; returns False if another living process has locked it."""
     try:
         # A record lock: the kernel releases it when this process ends in any way, and loader workers do not inherit it.
-        fcntl.lockf(lock, kind | fcntl.LOCK_NB, 1, rank)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
         return True
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):

@@ -6,7 +6,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -18,9 +19,39 @@ from torch import nn
 
 from distrib.config import Config
 from distrib.errors import RunError, UserError
-from distrib.runtime.environment import env_local_world_size, env_world_size, refuse_unconnected_processes, threads_of_a_rank
+from distrib.runtime.control_channel import ControlChannel, open_channel
+from distrib.runtime.environment import (
+    env_local_world_size,
+    env_rank,
+    env_world_size,
+    refuse_unconnected_processes,
+    threads_of_a_rank,
+)
 
 T = TypeVar("T")
+
+store: Any = None  # the launcher's, for this attempt; None if there is one rank
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[ControlChannel]:
+    """Connect this rank with the others, also by a control channel, for the time of a run. Every rank must call this.
+
+    If a rank leaves with an exception, the others leave with it too.
+    """
+    connect(config)
+    channel = open_channel(store, env_rank(), env_world_size())
+    finished = False
+    try:
+        yield channel
+        finished = True
+    except Exception as error:
+        found = channel.settle(error)
+        if found is error:
+            raise
+        raise found from None
+    finally:
+        channel.close(finished=finished)
 
 
 def connect(config: Config) -> PartialState:
@@ -50,11 +81,12 @@ def init_process_group(device: str, config: Config) -> None:
     """Create torch's process group, if there are several ranks; `collective_timeout` is the timeout of its collectives."""
     if env_world_size() == 1 or torch.distributed.is_initialized():
         return
+    global store
     limit, distributed = collective_timeout(config), cast(Any, torch.distributed)
-    store, rank, world = next(distributed.rendezvous("env://", timeout=limit))
-    own_store = distributed.PrefixStore(agree_on_attempt_name(store, rank, world), store)
+    launchers, rank, world = next(distributed.rendezvous("env://", timeout=limit))
+    store = distributed.PrefixStore(agree_on_attempt_name(launchers, rank, world), launchers)
     backend = distributed.get_default_backend_for_device(device)
-    distributed.init_process_group(backend, timeout=limit, store=own_store, rank=rank, world_size=world)
+    distributed.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     atexit.register(destroy_process_group)  # programs that use distrib as a library do not call it
 
 
@@ -99,6 +131,12 @@ def agree_on_attempt_name(store: Any, rank: int, world: int) -> str:
 def collective_timeout(config: Config) -> timedelta:
     """The timeout of collectives: longer than every limit, so that the watchdog reports a hang first."""
     return timedelta(seconds=max(asdict(config.limits).values()) + 30)
+
+
+def device() -> torch.device:
+    """This rank's device; call it after `connect`."""
+    found: torch.device = PartialState().device
+    return found
 
 
 def is_rank0() -> bool:

@@ -7,7 +7,6 @@ limit, the thread writes the stacks of all threads to the run folder, reports wh
 import faulthandler
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -17,10 +16,11 @@ from time import perf_counter
 from typing import NoReturn
 
 from distrib.config import Config
+from distrib.errors import HANG
+from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.environment import env_rank, env_world_size
 from distrib.runtime.lock import show_life
 from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
-from distrib.runtime.status import write_status
 from distrib.runtime.stopwatch import Stopwatch
 
 PERIOD = 1.0  # seconds between two looks at the clock
@@ -34,6 +34,7 @@ class Watchdog:
         self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
         self.rank, self.world = env_rank(), env_world_size()
         self.stopwatch, self.over = Stopwatch(), False
+        self.channel = ControlChannel(self.rank, {})  # until the ranks are connected
         self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
     def __enter__(self) -> Stopwatch:
@@ -73,12 +74,12 @@ class Watchdog:
                 if worker.pid:
                     os.kill(worker.pid, SHOW_STACKS)
             reports |= self._collect_reports(report)
-        if self.rank == min(reports):
-            since = f"no progress for {spent:.0f} s (limits.{phase}={self.limits[phase]:g})"
-            what = f"{since}: {summary(reports, self.world)}"
-            print(f"distrib: {what}; stacks are in {report.parent}", file=sys.stderr, flush=True)
-            write_status(self.run_dir, "failed", cause=what, rank=next(iter(blocking_ranks(reports, self.world)), None))
-        os._exit(1)
+        what = f"no progress for {spent:.0f} s (limits.{phase}={self.limits[phase]:g}): {summary(reports, self.world)}"
+        facts = {"cause": what, "rank": next(iter(blocking_ranks(reports, self.world)), None)}
+        self.channel.fail(Failure(f"{what}; stacks are in {report.parent}", HANG, facts=facts))
+        if self.channel.rank0_answers or self.rank == min(reports):
+            self.channel.end_process()
+        os._exit(HANG)
 
     def _collect_reports(self, mine: Path) -> dict[int, str]:
         """The reports of all ranks that can write one, by rank. A report of an earlier hang is older by at least a limit."""

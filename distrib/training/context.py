@@ -10,6 +10,7 @@ from distrib.config import Config
 from distrib.data.loaders import Loader
 from distrib.reporting.log import Log
 from distrib.runtime.checkpoint import Saver
+from distrib.runtime.stop_vote import StopVote
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.training.objective import Objective
 from distrib.training.optim import Schedule
@@ -27,6 +28,7 @@ class Run:
     model: nn.Module  # called by a step: the network, wrapped in DDP if there are several ranks
     loader: Loader
     schedule: Schedule
+    vote: StopVote
     log: Log
     saver: Saver
     stopwatch: Stopwatch

@@ -11,7 +11,6 @@ from distrib.data.loaders import Batch
 from distrib.data.steps import DROPOUT, fold
 from distrib.errors import RunError
 from distrib.runtime import ranks
-from distrib.runtime.stop_vote import StopVote
 from distrib.training.context import Run
 from distrib.training.evaluation import evaluate, reduce_totals
 from distrib.training.health import check_replicas, collect_records, nonfinite
@@ -27,10 +26,10 @@ def fit(state: TrainState, run: Run) -> str:
     Every rank must call this. Raises RunError if a loss or gradient is not finite, or if the last state cannot be saved.
     """
     config, total, epoch = run.config, run.schedule.total, run.loader.steps.per_epoch
-    vote, stopped_by, saved = StopVote(config), "", state.step
+    stopped_by, saved = "", state.step
     run.stopwatch.enter("step")
     for batch in run.loader.train(range(state.step, total)):
-        stopped_by = vote(state.step)
+        stopped_by = run.vote(state.step)
         if stopped_by:
             break
         train_step(state, batch, run)

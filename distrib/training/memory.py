@@ -14,7 +14,7 @@ from distrib.config import AUTO
 from distrib.data.loaders import Batch
 from distrib.errors import RunError, UserError, one_line
 from distrib.runtime import ranks
-from distrib.runtime.status import read_status, write_status
+from distrib.runtime.status import read_status
 from distrib.training.state import TrainState
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -99,7 +99,7 @@ def fits(
 
 
 @contextmanager
-def memory_errors_explained(state: TrainState, run_dir: Path, rank: int, micro_batches: int, *, auto: bool) -> Iterator[None]:
+def memory_errors_explained(state: TrainState, rank: int, micro_batches: int, *, auto: bool) -> Iterator[None]:
     """If a rank runs out of memory, raise RunError, and have the next attempt start with twice as many micro-batches."""
     try:
         yield
@@ -108,9 +108,8 @@ def memory_errors_explained(state: TrainState, run_dir: Path, rank: int, micro_b
             raise
         more = 2 * micro_batches
         where = f"rank {rank} ran out of memory after step {state.step:,} with micro_batches={micro_batches}"
-        write_status(run_dir, "failed", cause=where, rank=rank, micro_batches=more)
         way_out = f"run the same command, which tries {more}" if auto else f"give micro_batches={more}, or auto"
-        raise RunError(f"{where}: {way_out}", speaker=rank) from None
+        raise RunError(f"{where}: {way_out}", cause=where, rank=rank, micro_batches=more) from None
 
 
 def ran_out(error: Exception) -> bool:
