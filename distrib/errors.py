@@ -3,6 +3,7 @@
 from typing import Any
 
 FAILED, MISTAKE, LOST_RANK, HANG, DISK = 1, 2, 3, 4, 5  # exit codes; docs/surviving.md explains them
+MAY_PASS = {LOST_RANK, HANG, DISK}  # failures after which the same command may succeed
 
 # Parts of the messages of torch's backends when another rank has exited.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "was aborted")

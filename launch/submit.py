@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--time", metavar="T", help="time limit, after which the job is requeued and resumes")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
-    parser.add_argument("--max-crashes", type=int, default=0, metavar="N", help="number of crashes after which it is requeued")
+    crashes = "crashes after which it is requeued; default: 3 of those that may pass (a lost rank, a hang, a disk), else 0"
+    parser.add_argument("--max-crashes", type=int, metavar="N", help=crashes)
     parser.add_argument("--sweep", metavar="KEY=A,B,...", help="a job array, with an element and a run folder per value")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch command and have SLURM validate it")
     return parser
@@ -141,7 +142,7 @@ def submission(asked: argparse.Namespace, passed: Sequence[str], args: Sequence[
         "ntasks-per-node": ranks,
         "gpus-per-node": asked.gpus_per_node or None,
         "cpus-per-task": asked.cpus_per_task or cpus_per_task(asked, fit),
-        "export": f"ALL,MAX_CRASHES={asked.max_crashes}" if asked.max_crashes else None,
+        "export": None if asked.max_crashes is None else f"ALL,MAX_CRASHES={asked.max_crashes}",
     }
     line = ["sbatch", *(f"--{name}={value}" for name, value in options.items() if value is not None), *passed]
     return [*line, SCRIPT, *args], configs

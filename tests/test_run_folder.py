@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from distrib.command_line import read_config
 from distrib.config import Config, OptimConfig
-from distrib.errors import RunError, UserError
+from distrib.errors import DiskError, LostRankError, RunError, UserError
 from distrib.runtime import disk, lock, status
 from distrib.runtime.control_channel import ControlChannel
 from distrib.runtime.lock import run_lock
@@ -168,10 +168,32 @@ def test_a_run_that_a_signal_stopped_asks_for_its_requeue_where_there_is_a_file_
         ask_for_requeue(person)
     assert not (tmp_path / "requeue").exists()
     ask_for_requeue("SIGUSR1")
-    assert (tmp_path / "requeue").exists()
+    assert (tmp_path / "requeue").read_text() == "stopped by SIGUSR1\n"
     monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "not there" / "requeue"))
-    with pytest.raises(RunError, match=r"requeue cannot be created: No such file or directory"):
+    with pytest.raises(RunError, match=r"requeue cannot be written: No such file or directory"):
         ask_for_requeue("SIGUSR1")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "asks"),
+    [
+        (LostRankError("rank 1 has exited"), 3, True),
+        (DiskError("the disk is full"), 5, True),
+        (RunError("the loss is not finite"), 1, False),
+        (ZeroDivisionError("in the code"), 1, False),
+        (UserError("another seed"), 2, False),
+    ],
+)
+def test_a_failure_asks_for_a_requeue_only_if_it_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, asks: bool
+) -> None:
+    monkeypatch.setenv("REQUEUE_FILE", str(tmp_path / "requeue"))
+    with pytest.raises(type(error)), opened(Config(run_dir=str(tmp_path))):
+        raise error
+    assert read_status(tmp_path)["exit_code"] == code
+    assert (tmp_path / "requeue").exists() == asks
+    if asks:
+        assert (tmp_path / "requeue").read_text() == f"failed with exit code {code}: {error}\n"
 
 
 def test_a_run_that_began_before_a_key_was_there_goes_on_with_its_default(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from distrib.errors import UserError
 from distrib.runtime.status import FILE, read_status
 
 TITLES = ("run", "state", "step", "last", "seconds", "attempts", "cause")
-OF_THE_RUN = {"state", "attempts", "seconds", "step", "kept_seconds", "goodput", "cause", "rank", "micro_batches"}
+OF_THE_RUN = {"state", "attempts", "seconds", "step", "kept_seconds", "goodput", "cause", "rank", "micro_batches", "exit_code"}
 
 
 def table(folder: str) -> str:

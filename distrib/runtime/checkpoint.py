@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distrib.config import Config
-from distrib.errors import RunError, UserError, one_line
+from distrib.errors import DiskError, RunError, UserError, one_line
 from distrib.runtime.disk import to_disk, try_again
 
 MODEL, EMA, TRAINING = "model.safetensors", "ema.safetensors", "training.safetensors"
@@ -186,7 +186,7 @@ def as_outcomes(folder: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise Torn(f"{Path(error.filename or folder).name} is missing") from None
     except OSError as error:
-        raise RunError(
+        raise DiskError(
             f"{folder} cannot be read now: {error.strerror or error}; nothing was changed, try again later"
         ) from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -263,7 +263,7 @@ class Saver:
         self.run_dir, self.keep, self.about, self.saved = Path(config.run_dir), config.keep, about, saved
         self.thread: threading.Thread | None = None
         self.last: Snapshot | None = None  # the next snapshot reuses its memory
-        self.failure: str | None = None
+        self.failure: RunError | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -277,8 +277,8 @@ class Saver:
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save step {snapshot.step}")
         self.thread.start()
 
-    def wait(self) -> str | None:
-        """Wait for the running save; returns the error message of the last save, or None."""
+    def wait(self) -> RunError | None:
+        """Wait for the running save; returns the error of the last save, or None."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -289,4 +289,6 @@ class Saver:
             write(snapshot, self.run_dir, self.about, self.keep)
             self.saved(snapshot)
         except Exception as error:  # training continues, and `wait` reports this
-            self.failure = f"the checkpoint of step {snapshot.step} was not saved: {type(error).__name__}: {one_line(error)}"
+            kind = DiskError if isinstance(error, OSError) else RunError
+            why = f"{type(error).__name__}: {one_line(error)}"
+            self.failure = kind(f"the checkpoint of step {snapshot.step} was not saved: {why}")

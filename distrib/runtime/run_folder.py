@@ -3,13 +3,13 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from distrib.command_line import read_config, to_yaml
 from distrib.config import Config, differences, keys_of
-from distrib.errors import RunError, UserError
+from distrib.errors import MAY_PASS, DiskError, UserError
 from distrib.runtime import ranks
 from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.disk import write_atomically
@@ -54,8 +54,11 @@ def start_attempt(run_dir: Path, began: float) -> Iterator[None]:
 
 
 def write_failure(run_dir: Path, failure: Failure) -> None:
-    """Write a failure into the status of the run."""
-    write_status(run_dir, "failed", **{"cause": failure.text} | failure.facts)
+    """Write a failure into the status of the run; ask for a requeue if the same command may succeed."""
+    write_status(run_dir, "failed", exit_code=failure.code, **{"cause": failure.text} | failure.facts)
+    if failure.code in MAY_PASS:
+        with suppress(OSError):
+            write_requeue_file(f"failed with exit code {failure.code}: {failure.text}")
 
 
 def write_config(config: Config) -> None:
@@ -82,17 +85,23 @@ def refuse(run_dir: str | Path, differ: list[str]) -> None:
 
 
 def ask_for_requeue(stopped_by: str) -> None:
-    """Create the file that REQUEUE_FILE names, if any: it tells a batch script to requeue this run.
+    """Ask for a requeue of a run that was stopped, unless a person stopped it, by the file STOP or Ctrl-C.
 
-    A run that a person stopped, by the file STOP or Ctrl-C, is not requeued. Every rank must call this. Raises RunError if the
-    file cannot be created.
+    Every rank must call this. Raises DiskError if the request cannot be written.
     """
-    path, failure = os.environ.get("REQUEUE_FILE"), ""
-    if path and ranks.is_rank0() and stopped_by not in (StopVote.FILE, "SIGINT"):
+
+    def ask() -> None:
         try:
-            Path(path).touch()
+            write_requeue_file(f"stopped by {stopped_by}")
         except OSError as error:
-            failure = f"REQUEUE_FILE {path} cannot be created: {error.strerror}"
-    failure = ranks.broadcast_object(failure)
-    if failure:
-        raise RunError(failure)
+            raise DiskError(f"REQUEUE_FILE {error.filename} cannot be written: {error.strerror}") from None
+
+    if stopped_by not in (StopVote.FILE, "SIGINT"):
+        ranks.on_rank0(ask)
+
+
+def write_requeue_file(why: str) -> None:
+    """Write the file that REQUEUE_FILE names, if any: it tells a batch script to requeue this run. Raises OSError."""
+    path = os.environ.get("REQUEUE_FILE")
+    if path:
+        Path(path).write_text(f"{why}\n")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from distrib.data.loaders import Batch
 from distrib.data.steps import DROPOUT, fold
-from distrib.errors import RunError
 from distrib.runtime import ranks
 from distrib.training.context import Run
 from distrib.training.evaluation import evaluate, reduce_totals
@@ -48,7 +47,7 @@ def fit(state: TrainState, run: Run) -> str:
     with run.stopwatch.during("save"):
         failure = ranks.broadcast_object(run.saver.wait())
     if failure:
-        raise RunError(failure)
+        raise failure
     return stopped_by
 
 
