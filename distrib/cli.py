@@ -46,7 +46,7 @@ def train(args: Sequence[str]) -> int:
         return exits.print_once(to_yaml(config))
     from distrib import run
 
-    run.train(config, longer=any(arg.startswith("epochs=") for arg in args), began=BEGAN)
+    run.train(config, changes={arg.partition("=")[0] for arg in args}, began=BEGAN)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Every key of a config: default, range, unit, meaning, and when it applies. Imports no torch: typos are reported at once."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -26,14 +26,27 @@ RENAMED = {
 }
 
 
-def key(default: T, meaning: str, within: str = "", *, free: bool = False, only: str = "", path: bool = False) -> T:
+def key(
+    default: T,
+    meaning: str,
+    within: str = "",
+    *,
+    free: bool = False,
+    midway: bool = False,
+    only: str = "",
+    path: bool = False,
+) -> T:
     """A key of the config.
 
     `within` is an interval such as "[0, 1)". A `free` key does not change what is learned: a run may resume with another value.
-    `only` is the condition under which the key applies, such as "data.name=folder|own", where own stands for an object that was
-    passed to train(). A `path` may start with ~.
+    A `midway` key may be changed on the command line of a run under way, which is recorded. `only` is the condition under which
+    the key applies, such as "data.name=folder|own", where own stands for an object that was passed to train(). A `path` may
+    start with ~.
     """
-    return field(default=default, metadata={"meaning": meaning, "within": within, "free": free, "only": only, "path": path})
+    return field(
+        default=default,
+        metadata={"meaning": meaning, "within": within, "free": free, "midway": midway, "only": only, "path": path},
+    )
 
 
 class Checked:
@@ -106,14 +119,18 @@ class ObjectiveConfig(Checked):
 @dataclass(frozen=True)
 class OptimConfig(Checked):
     name: Literal["sgd", "adamw", "muon"] = key("sgd", "sgd (Nesterov momentum), adamw, or muon (sgd with orthogonal steps)")
-    lr: float = key(0.1, "peak learning rate, for the whole batch: the number of ranks does not scale it", "(0, inf)")
+    lr: float = key(
+        0.1, "peak learning rate, for the whole batch: the number of ranks does not scale it", "(0, inf)", midway=True
+    )
     bias_lr: float = key(1.0, "learning rate of biases and norm weights, as a factor of lr", "[0, inf)")
     head_lr: float = key(1.0, "learning rate of the last layer's weights, as a factor of lr", "[0, inf)")
     momentum: float = key(0.9, "momentum of sgd and muon, first beta of adamw", "[0, 1)")
-    weight_decay: float = key(5e-4, "weight decay, scaled by the learning rate; not applied to biases and norms", "[0, inf)")
+    weight_decay: float = key(
+        5e-4, "weight decay, scaled by the learning rate; not applied to biases and norms", "[0, inf)", midway=True
+    )
     warmup_epochs: float = key(1.0, "epochs in which the learning rate rises to its peak", "[0, inf)")
     schedule: Literal["cosine", "linear"] = key("cosine", "how the learning rate falls from its peak to 0 at the end")
-    clip_norm: float = key(0.0, "largest norm of the gradient over all weights; 0: no limit", "[0, inf)")
+    clip_norm: float = key(0.0, "largest norm of the gradient over all weights; 0: no limit", "[0, inf)", midway=True)
     ema_decay: float = key(
         0.0, "decay per step of a moving average of the weights, which is evaluated too; 0: no average", "[0, 1)"
     )
@@ -133,7 +150,7 @@ class Config(Checked):
         "", "folder of the run: config, checkpoints, TensorBoard; runs/<config name> if not given", free=True, path=True
     )
     seed: int = key(0, "seed of the initial weights, the order of the images and their augmentation", "[0, 1e18]")
-    epochs: float = key(20.0, "passes over the training set", "(0, inf)")
+    epochs: float = key(20.0, "passes over the training set", "(0, inf)", midway=True)
     batch_size: int = key(128, "images per optimizer step, over all ranks together", "[1, inf)")
     micro_batches: int | str = key(
         AUTO,
@@ -229,20 +246,28 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def differences(there: dict[str, Any], now: Config, chosen: dict[str, Any] | None = None, *, longer: bool = False) -> list[str]:
+def differences(
+    there: dict[str, Any], now: Config, chosen: dict[str, Any] | None = None, changes: Collection[str] = ()
+) -> list[str]:
     """The keys that prevent a run that was started with the keys `there` from resuming with `now`, in words.
 
     A key that is missing there had its default. `chosen` holds what the run chose for keys that were auto. A key that is auto
-    now keeps the value that the run has. `longer` allows more epochs.
+    now keeps the value that the run has. `changes` names keys that may differ if they may be changed midway.
     """
     current, had, found = {each.name: each.value for each in keys_of(now)}, there | (chosen or {}), list[str]()
     for name, after in current.items():
         before = had.get(name, KEYS[name].value)
         keeps = after == AUTO == KEYS[name].value
-        grows = name == "epochs" and longer and after > before
-        if before != after and there.get(name) != after and not (KEYS[name].meta["free"] or keeps or grows):
+        allowed = KEYS[name].meta["free"] or keeps or (KEYS[name].meta["midway"] and name in changes)
+        if before != after and there.get(name) != after and not allowed:
             found.append(f"{name} ({before} there, {after} now)")
     return found + [f"{name} ({there[name]} there, which this version does not know)" for name in there if name not in KEYS]
+
+
+def changed_midway(there: dict[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys that may be changed midway and differ from the keys `there`: their values there and now."""
+    pairs = {each.name: (there.get(each.name, KEYS[each.name].value), each.value) for each in keys_of(now)}
+    return {name: pair for name, pair in pairs.items() if KEYS[name].meta["midway"] and pair[0] != pair[1]}
 
 
 def type_in_words(kind: Any) -> str:

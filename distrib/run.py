@@ -1,11 +1,12 @@
 """`train`: builds a run from a config and, if the caller passes them, a data set, a network and an objective."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
 from distrib.runtime import attempts, ranks, signals
-from distrib.runtime.checkpoint import Saver
+from distrib.runtime.checkpoint import Saver, checkpoint_at
 from distrib.runtime.environment import with_accelerate_settings
 from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
 from distrib.runtime.status import write_status
@@ -46,14 +47,15 @@ def train(
     source: Source | None = None,
     network: NetworkOrBuilder | None = None,
     objective: Objective | None = None,
-    longer: bool = False,
+    changes: Collection[str] = (),
     began: float | None = None,
 ) -> TrainState:
     """Train as `config` says, from the newest intact checkpoint in its run folder if there is one. Every rank must call this.
 
     `source`, `network` and `objective` replace those that `config` names. `network` may be a function that returns the network;
-    it is called after torch's generator is seeded. `longer` allows more epochs than the run was started with. `began` is the
-    time.time() at which this attempt started, if that was before this call. A signal stops the run; a second call resumes it.
+    it is called after torch's generator is seeded. `changes` names keys that may differ from those of a run under way:
+    optim.lr, optim.weight_decay, optim.clip_norm and epochs. `began` is the time.time() at which this attempt started, if that
+    was before this call. A signal stops the run; a second call resumes it.
 
     Returns the state: `network` has the trained weights, `ema` their moving average, `values` the last evaluation. Raises
     UserError for a mistake that the user can correct, and RunError if the run failed.
@@ -66,7 +68,7 @@ def train(
         data = source or load_shared(config.data)
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
-        identity = Identity(config, data, fingerprint, objective or build_objective(config), longer)
+        identity = Identity(config, data, fingerprint, objective or build_objective(config), changes)
         state, run, setup = prepare(identity, network, stopwatch, StopVote(config, channel), cleanup)
         with open_run(config, channel, began):
             run_dir = Path(config.run_dir)
@@ -75,21 +77,20 @@ def train(
             lines += [f"warning: {each}" for each in warnings]
             ranks.on_rank0(partial(write_config, config))
             stopped_by = attempt(state, run, data, [*lines, *setup])
-            run.write_status("stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers()))
+            run.write_status(
+                "stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers(), run.objective.main)
+            )
             if stopped_by:
                 ask_for_requeue(stopped_by)
     return state
 
 
 def prepare(
-    identity: Identity,
-    network: NetworkOrBuilder | None,
-    stopwatch: Stopwatch,
-    vote: StopVote,
-    cleanup: ExitStack,
+    identity: Identity, network: NetworkOrBuilder | None, stopwatch: Stopwatch, vote: StopVote, cleanup: ExitStack
 ) -> tuple[TrainState, Run, list[str]]:
     """Build everything a run needs; returns also lines for the user. Writes no file. Every rank must call this."""
-    earlier, source, objective = identity.find_earlier_choices(), identity.source, identity.objective
+    manifest, source, objective = identity.find_manifest(), identity.source, identity.objective
+    earlier: dict[str, Any] = manifest.get("chosen", {})
     device = ranks.device()
     config, precision = choose(identity.config, earlier, device)
     accelerator = make_accelerator(config)
@@ -98,29 +99,34 @@ def prepare(
     rank, world = accelerator.process_index, accelerator.num_processes
     steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
     loader, schedule = Loader(source, config, steps, device), build_schedule(config, steps.per_epoch)
-    state, model = build(config, loader, network, accelerator)
+    state, model = build(config, loader, network, accelerator, load=not manifest)
     cleanup.callback(unwrap, accelerator, model)
     micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
     chosen = earlier or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
     note: Callable[..., None] = partial(write_status, Path(config.run_dir)) if rank == 0 else lambda *state, **facts: None
     forms = {name: meter.form for name, meter in objective.meters.items()}
     log = Log(config, schedule.total, steps, forms, objective.main, silent=rank > 0)
-    saver = Saver(config, identity.about(chosen, world), lambda saved: note(**progress(saved.numbers)))
+    saver = Saver(config, identity.about(chosen, world), lambda saved: note(**progress(saved.numbers, objective.main)))
     wanted = can_replay(config, device, world, scaled=state.scaler is not None)
     replay = Replay(wanted=wanted, undo=state.optimizer.zero_grad)
+    changed = identity.changed(manifest)
+    parts = (loader, schedule, vote, log, saver, stopwatch, note, changed, replay, micro_batches)
+    run = Run(config, objective, accelerator, model, *parts)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
-    run = Run(config, objective, accelerator, model, loader, schedule, vote, log, saver, stopwatch, note, replay, micro_batches)
     return state, run, [*(f"warning: {each}" for each in cut), setup]
 
 
 def build(
-    config: Config, loader: Loader, network: NetworkOrBuilder | None, accelerator: Accelerator
+    config: Config, loader: Loader, network: NetworkOrBuilder | None, accelerator: Accelerator, *, load: bool
 ) -> tuple[TrainState, nn.Module]:
-    """The state at step 0, and the model that a step calls. Every rank must call this."""
+    """The state at step 0, and the model that a step calls. Every rank must call this.
+
+    Pretrained weights are loaded only if `load`: a run that resumes needs neither their file nor the network.
+    """
     source = loader.source
     torch.manual_seed(config.seed)
-    built = ranks.rank0_first(lambda rank0: build_model(config.model, source.shape, len(source.classes), network))
+    built = ranks.rank0_first(lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=load))
     built = built.to(loader.device)
     if network is not None:
         ranks.broadcast_network(built)  # each rank built its own
@@ -148,17 +154,19 @@ def cut_into_memory(
 def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> str:
     """Train to the end, or until a stop is requested; returns who requested it, or "". Every rank must call this."""
     config, log = run.config, run.log
-    run.write_status("running", **progress(state.numbers()))
-    attempts.record(config, state.step)
+    run.write_status("running", **progress(state.numbers(), run.objective.main))
+    attempts.record(config, state.step, run.changed)
     rank, auto = run.accelerator.process_index, config.micro_batches == AUTO
     explained = memory.memory_errors_explained(state, rank, run.micro_batches, auto=auto)
+    words = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in run.changed.items())
     with log.opened(state.step), run.saver, explained:
-        log.opening(state.step, lines, source, state.network)
+        log.opening(state.step, [*lines, f"from here on: {words}"] if words else lines, source, state.network)
         stopped_by = fit(state, run)
         if stopped_by:
             log.stopped(state.step, stopped_by)
         else:
-            log.done(state.step, state.values, state.best_step, state.best_values, run.stopwatch.overall())
+            best = checkpoint_at(Path(config.run_dir), state.best_step)
+            log.done(state.step, state.values, best, state.best_values, run.stopwatch.overall())
     return stopped_by
 
 

@@ -296,7 +296,7 @@ def test_a_saver_works_behind_the_back_and_tells_what_went_wrong(tmp_path: Path,
         with monkeypatch.context() as full:
             Faults(full, at=2, what="ENOSPC")
             saver.save(taken(2))
-            assert saver.wait() == "the checkpoint of step 2 was not saved: OSError: [Errno 28] No space left on device"
+            assert str(saver.wait()) == "the checkpoint of step 2 was not saved: OSError: [Errno 28] No space left on device"
         saver.save(taken(3))
     assert found(tmp_path) == (3, [])
     assert on_disk == [1, 3]

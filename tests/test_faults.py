@@ -108,7 +108,8 @@ def test_a_dead_rank_is_what_the_status_says_also_if_the_collective_blocks_for_e
     assert done.returncode in (-signal.SIGKILL, LOST_RANK)  # of the rank that was seen first
     assert done.stderr.count(f"distrib: rank {dead} has exited, so the other ranks exit too") == 1
     status = read_status(tmp_path / "run")
-    assert (status["state"], status["cause"], status["rank"], status["step"]) == ("failed", f"rank {dead} has exited", dead, 20)
+    assert (status["state"], status["cause"], status["rank"]) == ("failed", f"rank {dead} has exited", dead)
+    assert status["step"] in ((20,) if dead else (10, 20))  # a rank 0 that is killed may still be saving step 20
 
 
 @pytest.mark.slow

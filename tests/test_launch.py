@@ -133,12 +133,12 @@ def test_a_run_that_cannot_save_its_end_does_not_exit_with_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full_disk(monkeypatch, range(1, 9))
-    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 5
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40", "eval_every=46"]) == 5
     assert "distrib: the checkpoint of step 46 was not saved: OSError: [Errno 28]" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000040"]
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
     monkeypatch.undo()
-    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40"]) == 0
+    assert main(["train", *SMALL, f"run_dir={tmp_path}", "save_every=40", "eval_every=46"]) == 0
     assert "resumes after step 40" in capsys.readouterr().out
 
 
@@ -285,9 +285,8 @@ def test_the_console_tells_where_a_run_is_and_how_it_ended(launched: dict[str, t
         r"^epoch 0\.22  step 5/46  train: loss \d\.\d{4}  top1 \d+\.\d\d %  [\d,]+ images/s  \d\d:\d\d left$", out, re.M
     )
     assert re.search(r"^epoch 2\.00  step 46/46  val: loss \d\.\d{4}  top1 \d+\.\d\d %  top5 \d+\.\d\d %$", out, re.M)
-    assert re.search(
-        rf"^done: top1 {top1:.2f} %, best \d+\.\d\d % at step \d+; 2,760 images seen at [\d,]+ a second; ", out, re.M
-    )
+    best = rf"best \d+\.\d\d % in {run_dir}/checkpoints/step_\d+"
+    assert re.search(rf"^done: top1 {top1:.2f} %, {best}; 2,760 images seen at [\d,]+ a second; ", out, re.M)
     assert out.rstrip().endswith(f"; tensorboard --logdir {run_dir.parent}")
 
 

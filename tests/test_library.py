@@ -190,7 +190,7 @@ def test_a_run_goes_on_when_a_later_version_has_one_key_more(tmp_path: Path) -> 
         del earlier["optim"]["clip_norm"], earlier["nonfinite"]
         signed_again(folder, config=earlier)
     first = weights(tmp_path)
-    state = distrib.train(config(tmp_path, epochs=2), source=own_source(), network=Wide, longer=True)
+    state = distrib.train(config(tmp_path, epochs=2), source=own_source(), network=Wide, changes={"epochs"})
     assert state.step == 8
     assert first.keys() == weights(tmp_path).keys()
     with pytest.raises(distrib.UserError, match=r"optim.clip_norm \(0.0 there, 1 now\)"):
@@ -212,7 +212,7 @@ def test_a_run_keeps_the_precision_that_auto_chose_first(
     distrib.train(config(tmp_path, precision="auto"), source=own_source(), network=Wide)
     assert f"precision {begun} (as this machine is)" in capsys.readouterr().out
     machine(later)
-    distrib.train(config(tmp_path, precision="auto", epochs=2), source=own_source(), network=Wide, longer=True)
+    distrib.train(config(tmp_path, precision="auto", epochs=2), source=own_source(), network=Wide, changes={"epochs"})
     assert f"precision {begun} (as the run was started)" in capsys.readouterr().out
     manifest = json.loads((checkpoints(tmp_path)[-1] / "manifest.json").read_text())
     assert manifest["chosen"] == {"precision": begun, "compile": "no", "virtual_ranks": 1}
@@ -252,7 +252,7 @@ def test_a_compiler_that_accelerates_settings_ask_for_is_the_configs(
     assert "as accelerate's settings say: compile=default\n" in capsys.readouterr().out
     assert compiled == ["default"]
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
-    distrib.train(config(tmp_path, epochs=2), source=own_source(), network=Wide, longer=True)
+    distrib.train(config(tmp_path, epochs=2), source=own_source(), network=Wide, changes={"epochs"})
     assert compiled == ["default", "default"]  # as the run was started
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     with pytest.raises(distrib.UserError, match=r"^compile=no, but accelerate's settings ask for default"):

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import distrib
-from distrib.command_line import load_config
+from distrib.command_line import load_config, read_config
 from distrib.config import Config, ObjectiveConfig, OptimConfig
 from distrib.data.loaders import Batch
 from distrib.data.steps import Steps
 from distrib.errors import RunError, UserError
 from distrib.reporting.log import Log
+from distrib.runtime.checkpoint import read_manifest
+from distrib.runtime.status import read_status
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.training import loop, memory
 from distrib.training.context import Run
@@ -43,7 +45,7 @@ def run(run_dir: Path, *args: str, **handed: Any) -> TrainState:
     """Train as SMALL and `args` say, with a data set, a network and an objective that are `handed` in, if any are."""
     small = [key for key in SMALL if "network" not in handed or not key.startswith("model.")]
     config = load_config([*small, f"run_dir={run_dir}", "threads=1", *args])
-    return distrib.train(config, longer=any(arg.startswith("epochs=") for arg in args), **handed)
+    return distrib.train(config, changes={arg.partition("=")[0] for arg in args}, **handed)
 
 
 def run_killed(monkeypatch: pytest.MonkeyPatch, at: int, run_dir: Path, *args: str) -> None:
@@ -66,7 +68,7 @@ def plain(model: nn.Module, config: Config, rate: float = 0.1, micro_batches: in
     loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
     schedule: Any = lambda step: rate  # noqa: E731
     objective, stopwatch = build_objective(config), Stopwatch()
-    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, unused, stopwatch, unused)
+    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, unused, stopwatch, unused, {})
     return TrainState(model, optimizer), replace(run, micro_batches=micro_batches)
 
 
@@ -180,6 +182,46 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_finished_run_can_be_trained_longer(tmp_path: Path) -> None:
     first = run(tmp_path)
     assert run(tmp_path, "epochs=3").step == first.step * 3 // 2
+
+
+def test_a_run_under_way_takes_another_learning_rate_from_the_command_line_says_so_and_records_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = run(tmp_path, "epochs=1").step
+    capsys.readouterr()
+    changes = ["epochs=2", "optim.lr=0.02", "optim.weight_decay=0", "optim.clip_norm=1"]
+    state = run(tmp_path, *changes)
+    said = "epochs 1.0 -> 2.0, optim.lr 0.1 -> 0.02, optim.weight_decay 0.0005 -> 0.0, optim.clip_norm 0.0 -> 1.0"
+    assert f"from here on: {said}\n" in capsys.readouterr().out
+    assert {group["weight_decay"] for group in state.optimizer.param_groups} == {0}
+    assert max(rate for step, rate in points(tmp_path)["train/lr"] if step > half) <= 0.02
+    last = json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])
+    assert (last["after_step"], last["changed"]["optim.lr"]) == (half, {"from": 0.1, "to": 0.02})
+    run(tmp_path, *changes)  # the same command again: nothing changes
+    assert "from here on" not in capsys.readouterr().out
+
+
+def test_an_edited_file_changes_no_run_under_way_and_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
+    run(tmp_path)
+    config = read_config(tmp_path / "config.yaml")
+    with pytest.raises(
+        UserError, match=r"another optim.lr \(0.1 there, 0.02 now\): give another run_dir, or optim.lr=... on the"
+    ):
+        distrib.train(replace(config, optim=replace(config.optim, lr=0.02)))
+    with pytest.raises(UserError, match=r"is at epoch 2.00, past epochs=1: give more epochs"):
+        run(tmp_path, "epochs=1")
+
+
+def test_the_best_checkpoint_is_there_whenever_a_run_is_evaluated_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run(tmp_path, "epochs=6", "eval_every=4", "save_every=25", "keep=2", "optim.lr=0.3")
+    best = tmp_path / "checkpoints" / f"step_{state.best_step:08d}"
+    assert state.best_step not in (0, state.step)
+    assert f"best {state.best_values['top1']:.2f} % in {best}; " in capsys.readouterr().out
+    assert distrib.evaluate(tmp_path) == pytest.approx(state.best_values)
+    assert read_status(tmp_path)["best"] == {"step": state.best_step, "top1": state.best_values["top1"]}
+    assert read_manifest(best)["score"] == state.best_values["top1"]
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

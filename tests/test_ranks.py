@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,9 @@ from distrib import train
 from distrib.command_line import load_config, read_config
 from distrib.config import Config
 from distrib.errors import UserError
-from distrib.runtime import ranks, stop_vote
+from distrib.runtime import environment, ranks, stop_vote
 from distrib.runtime.control_channel import ControlChannel
-from distrib.runtime.environment import accelerate_settings_hidden, threads_of_a_rank, with_accelerate_settings
+from distrib.runtime.environment import accelerate_settings_hidden, cgroup_quota, threads_of_a_rank, with_accelerate_settings
 from distrib.runtime.stop_vote import StopVote
 
 
@@ -55,7 +56,8 @@ def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
     threads: float | None,
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as a launcher sets it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     train(load_config([*SMALL, f"run_dir={tmp_path}", f"threads={asked}", "epochs=0.1"]))
     expected = asked if threads is None else max(1, int(len(os.sched_getaffinity(0)) * threads))
@@ -69,6 +71,61 @@ def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch
     assert threads_of_a_rank(local_ranks=4) == 12
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # a launcher is the task, and starts four ranks
     assert threads_of_a_rank(local_ranks=4) == max(1, len(os.sched_getaffinity(0)) // 4)
+
+
+CGROUPS = {
+    "a container of v2": ("0::/\n", {"cpu.max": "50000 100000"}, 0.5),
+    "no limit": ("0::/\n", {"cpu.max": "max 100000"}, math.inf),
+    "a limit of a parent": (
+        "0::/slurm/job_7/task_0\n",
+        {"slurm/job_7/task_0/cpu.max": "max 100000", "slurm/job_7/cpu.max": "400000 100000"},
+        4,
+    ),
+    "a container of v1": (
+        "4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n",
+        {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+        1.5,
+    ),
+    "a group of v1": (
+        "4:cpu,cpuacct:/jobs/1\n",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/jobs/1/cpu.cfs_quota_us": "300000", "cpu/jobs/1/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_a_limit_of_cpus_is_read_from_the_cgroups(tmp_path: Path, name: str) -> None:
+    own, files, expected = CGROUPS[name]
+    (tmp_path / "own").write_text(own)
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert cgroup_quota(tmp_path, tmp_path / "own") == expected
+
+
+@pytest.mark.parametrize(("quota", "ranks", "cores"), [(0.5, 1, 1), (2.9, 1, 2), (2.9, 2, 1), (math.inf, 1, 6)])
+def test_the_cores_of_a_rank_are_limited_by_its_cgroup(
+    monkeypatch: pytest.MonkeyPatch, quota: float, ranks: int, cores: int
+) -> None:
+    monkeypatch.setattr(environment, "cgroup_quota", lambda: quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    assert environment.cores_of_a_rank(ranks) == cores
+
+
+@pytest.mark.parametrize(
+    ("threads", "launcher", "expected"), [("3", True, 3), ("1", True, 6), ("3", False, 3), ("1", False, 1), (None, False, 6)]
+)
+def test_the_users_own_number_of_threads_is_kept_unless_a_launcher_set_it(
+    monkeypatch: pytest.MonkeyPatch, threads: str | None, launcher: bool, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr(environment, "cgroup_quota", lambda: math.inf)
+    for name, value in (("OMP_NUM_THREADS", threads), ("TORCHELASTIC_RUN_ID", "1" if launcher else None)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert threads_of_a_rank(local_ranks=1) == expected
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def opened(config: Config, ago: float = 0) -> AbstractContextManager[None]:
     return open_run(config, ControlChannel(0, {}), time.time() - ago)
 
 
-def begin(config: Config, *, longer: bool = False) -> None:
-    refuse_another_config(config, longer=longer)
+def begin(config: Config, *changes: str) -> None:
+    refuse_another_config(config, changes)
     with opened(config):
         write_config(config)
 
@@ -55,11 +55,12 @@ def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
 
 def test_more_epochs_have_to_be_asked_for_and_fewer_are_refused(tmp_path: Path) -> None:
     begin(Config(run_dir=str(tmp_path), epochs=5.0))
-    with pytest.raises(UserError, match=r"epochs \(5.0 there, 9.0 now\).*give epochs=N with a larger N"):
+    words = r"epochs \(5.0 there, 9.0 now\): give another run_dir, or epochs=... on the command line to change it from here on"
+    with pytest.raises(UserError, match=words):
         begin(Config(run_dir=str(tmp_path), epochs=9.0))
-    begin(Config(run_dir=str(tmp_path), epochs=9.0), longer=True)
-    with pytest.raises(UserError, match=r"epochs \(9.0 there, 5.0 now\)"):
-        begin(Config(run_dir=str(tmp_path), epochs=5.0), longer=True)
+    begin(Config(run_dir=str(tmp_path), epochs=9.0), "epochs", "seed")
+    with pytest.raises(UserError, match=r"another seed \(0 there, 1 now\): give another run_dir$"):
+        begin(Config(run_dir=str(tmp_path), epochs=9.0, seed=1), "epochs", "seed")
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

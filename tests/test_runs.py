@@ -13,7 +13,8 @@ def test_runs_are_listed_with_their_state_step_last_evaluation_and_cause(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statuses = {
-        "deep/a": '{"state": "failed", "step": 1234, "top1": 99.123, "seconds": 7265.4, "attempts": 3, "cause": "no space"}',
+        "deep/a": '{"state": "failed", "step": 1234, "top1": 99.123, "seconds": 7265.4, "attempts": 3, "cause": "no space", '
+        '"best": {"step": 1200, "top1": 99.5}}',
         "b": "not JSON",
     }
     for name, status in statuses.items():
@@ -23,7 +24,8 @@ def test_runs_are_listed_with_their_state_step_last_evaluation_and_cause(
     titles, b, a = (line.split() for line in capsys.readouterr().out.splitlines())
     assert titles == [*TITLES]
     assert b == ["b", "?", "0", "0", "?"]
-    assert a == ["deep/a", "failed", "1,234", "top1", "99.12", "7,265", "3", "no", "space"]
+    best = ["top1", "99.5", "at", "step", "1,200"]
+    assert a == ["deep/a", "failed", "1,234", "top1", "99.12", *best, "7,265", "3", "no", "space"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distrib.config import DataConfig
 from distrib.data.datasets import load_source
-from distrib.data.source import Arrays, Source, data_differences
+from distrib.data.source import Arrays, Files, Source, data_differences
 from distrib.errors import UserError
 
 CLASSES = ("cat", "dog", "fox")
@@ -230,3 +230,9 @@ def test_names_that_are_no_text_are_told_apart(pictures: Path) -> None:
     before = of_folder(pictures).fingerprint()
     os.rename(odd, odd.replace(b"\xff", b"\xfe"))
     assert data_differences(before, of_folder(pictures).fingerprint()) == [CONTENT]
+
+
+def test_messages_name_an_image_by_its_path_or_its_number() -> None:
+    files = Files(np.array([b"/photos/a b.jpg", b"/photos/\xff.jpg"]), torch.tensor([0, 1]), 8)
+    assert [files.name_of(0), os.fsencode(files.name_of(1))] == ["/photos/a b.jpg", b"/photos/\xff.jpg"]
+    assert Arrays(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.zeros(9)).name_of(7) == "7"

@@ -155,3 +155,14 @@ def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_p
         UserError, match=rf"^{older} is damaged \(model.safetensors has 1 bytes, not \d+\): give another checkpoint$"
     ):
         build_model(replace(config, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
+
+
+def test_a_run_that_resumes_needs_no_file_of_weights(tmp_path: Path) -> None:
+    keys = [*SMALL, "optim.lr=0.01"]
+    train(load_config([*keys, f"run_dir={tmp_path / 'first'}", "epochs=0.1"]))
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes((tmp_path / "first" / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes())
+    config = load_config([*keys, f"run_dir={tmp_path / 'second'}", f"model.weights={path}", "epochs=0.1"])
+    train(config)
+    path.unlink()
+    assert train(replace(config, epochs=0.2), changes={"epochs"}).step == 5

@@ -26,6 +26,10 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def name_of(self, image: int) -> str:
+        """How messages name an image: by its number."""
+        return str(image)
+
     def sha256(self) -> str:
         """A hash of every pixel and target."""
         digest = hashlib.sha256()
@@ -50,6 +54,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def name_of(self, image: int) -> str:
+        """How messages name an image: by its path."""
+        return os.fsdecode(self.paths[image])
 
     def sha256(self) -> str:
         """A hash of the targets and of the name and size of each file, in order. It does not read the files."""

@@ -94,14 +94,17 @@ class Log:
         where = f"after step {step:,}, which is saved" if step else "before the first step"
         self._say(f"stopped by {stopped_by} {where}: run the same command to resume")
 
-    def done(self, step: int, values: dict[str, float], best_step: int, best_values: dict[str, float], speed: float) -> None:
-        """Print the last line of a run that is complete; `speed` is in steps per second, 0 if this attempt did no step."""
+    def done(self, step: int, values: dict[str, float], best: Path, best_values: dict[str, float], speed: float) -> None:
+        """Print the last line of a run that is complete; `best` is the checkpoint of the best evaluation.
+
+        `speed` is in steps per second, 0 if this attempt did no step.
+        """
         seen = f"{step * self.steps.batch_size:,} images seen"
         if speed:
             seen += f" at {speed * self.steps.batch_size:,.0f} a second"
-        last, best = (self.forms[self.main].format(each[self.main]) for each in (values, best_values))
+        last, highest = (self.forms[self.main].format(each[self.main]) for each in (values, best_values))
         self._say(
-            f"done: {self.main} {last}, best {best} at step {best_step}; {seen}; "
+            f"done: {self.main} {last}, best {highest} in {best}; {seen}; "
             f"tensorboard --logdir {Path(self.config.run_dir).parent}"
         )
 

@@ -5,8 +5,20 @@ from pathlib import Path
 from distrib.errors import UserError
 from distrib.runtime.status import FILE, read_status
 
-TITLES = ("run", "state", "step", "last", "seconds", "attempts", "cause")
-OF_THE_RUN = {"state", "attempts", "seconds", "step", "kept_seconds", "goodput", "cause", "rank", "micro_batches", "exit_code"}
+TITLES = ("run", "state", "step", "last", "best", "seconds", "attempts", "cause")
+OF_THE_RUN = {
+    "state",
+    "attempts",
+    "seconds",
+    "step",
+    "kept_seconds",
+    "goodput",
+    "cause",
+    "rank",
+    "micro_batches",
+    "exit_code",
+    "best",
+}
 
 
 def table(folder: str) -> str:
@@ -22,11 +34,14 @@ def table(folder: str) -> str:
 def row(run_dir: Path, folder: Path) -> tuple[str, ...]:
     status = read_status(run_dir)
     values = "  ".join(f"{name} {value:.4g}" for name, value in status.items() if name not in OF_THE_RUN)
+    best = dict(status.get("best") or {})
+    at = f" at step {best.pop('step'):,}" if "step" in best else ""
     return (
         str(run_dir.relative_to(folder)) if run_dir != folder else run_dir.name,
         str(status.get("state", "?")),
         f"{status.get('step', 0):,}",
         values,
+        "  ".join(f"{name} {value:.4g}" for name, value in best.items()) + at,
         f"{status.get('seconds', 0):,.0f}",
         str(status.get("attempts", "?")),
         str(status.get("cause") or ""),

@@ -4,21 +4,26 @@ import json
 import os
 import socket
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from distrib.config import Config
 from distrib.runtime import ranks
 from distrib.runtime.environment import from_environment
 
 
-def record(config: Config, step: int) -> None:
-    """Add a line for this attempt, which starts after `step`. Every rank must call this."""
+def record(config: Config, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Add a line for this attempt, which starts after `step`, with the keys that are `changed` from there on.
+
+    Every rank must call this.
+    """
     hosts = ranks.all_gather_object(socket.gethostname())
     if not ranks.is_rank0():
         return
-    line = {
+    line: dict[str, Any] = {
         "after_step": step,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -27,6 +32,8 @@ def record(config: Config, step: int) -> None:
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": from_environment("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", default=0),
     }
+    if changed:
+        line["changed"] = {name: {"from": before, "to": after} for name, (before, after) in changed.items()}
     with suppress(OSError), Path(config.run_dir, "attempts.jsonl").open("a") as file:  # a full disk must not end the run
         file.write(json.dumps(line) + "\n")
 

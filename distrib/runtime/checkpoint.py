@@ -59,13 +59,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if not path.suffix)
 
 
+def checkpoint_at(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
 def write(snapshot: Snapshot, run_dir: Path, about: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, with the run's description `about` in its manifest, then delete old ones.
 
     If this is killed or fails at any point, the existing checkpoints, or a newer one, are still intact. Raises OSError, and
     Torn if a tensor is not finite.
     """
-    folder = run_dir / "checkpoints" / f"step_{snapshot.step:08d}"
+    folder = checkpoint_at(run_dir, snapshot.step)
     partial = folder.with_suffix(".partial")
     arrays = {file: in_order(tensors) for file, tensors in snapshot.files.items() if tensors}
     for left in folder.parent.glob("step_*.partial"):

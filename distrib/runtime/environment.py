@@ -1,9 +1,11 @@
 """What launchers put into the environment: the rank, the number of ranks, and accelerate's settings."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from distrib.config import AUTO, Config
@@ -58,11 +60,54 @@ def refuse_unconnected_processes() -> None:
 
 
 def threads_of_a_rank(local_ranks: int) -> int:
-    """The CPU cores of a rank: SLURM's number if the ranks are its tasks, else an even part of the machine's cores."""
+    """The CPU threads of a rank: what the user set as OMP_NUM_THREADS, or else its cores."""
+    return threads_of_user() or cores_of_a_rank(local_ranks)
+
+
+def threads_of_user() -> int:
+    """OMP_NUM_THREADS; 0 if it is not set, or if it is 1 under a launcher: torchrun and accelerate set that."""
+    threads = from_environment("OMP_NUM_THREADS", default=0)
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    return 0 if threads == 1 and launched else threads
+
+
+def cores_of_a_rank(local_ranks: int) -> int:
+    """The CPU cores of a rank: SLURM's number if the ranks are its tasks, else an even part of the cores of this process."""
     if from_environment("SLURM_STEP_NUM_TASKS", default=0) == env_world_size():
         return from_environment("SLURM_CPUS_PER_TASK", default=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, math.floor(min(cores, cgroup_quota())) // local_ranks)
+
+
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """The CPUs that this process may use at once, by the cgroups that it is in; infinite without a limit.
+
+    `docker --cpus=4` sets such a limit. In a container, the file `own` may have paths that are not visible: then `root` counts.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    folders = [root]
+    for _, controllers, path in lines:
+        if "cpu" in controllers.split(","):  # cgroups v1
+            folders = [root / "cpu", *folders]
+        if not controllers or "cpu" in controllers.split(","):
+            relative = Path(path.lstrip("/"))
+            folders += [folders[0] / each for each in (relative, *relative.parents)]
+    return min(map(quota_of, folders), default=math.inf)
+
+
+def quota_of(folder: Path) -> float:
+    """The CPUs that a cgroup may use at once: v2 has cpu.max, v1 a quota and a period."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
 
 
 def with_accelerate_settings(config: Config) -> tuple[Config, list[str]]:
@@ -98,6 +143,18 @@ def setting(name: str, variable: str, known: tuple[str, ...]) -> str:
         words = f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
         raise UserError(f"accelerate's settings ask for {name} {value}, and distrib has {words}: {WAY_OUT}")
     return value
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ |= {} if before is None else {name: before}
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import os
 import secrets
 import sys
 import time
@@ -26,6 +25,7 @@ from distrib.runtime.environment import (
     env_world_size,
     refuse_unconnected_processes,
     threads_of_a_rank,
+    variable,
 )
 
 T = TypeVar("T")
@@ -60,7 +60,6 @@ def connect(config: Config) -> PartialState:
     Raises UserError if the launcher did not set the variables that connect the processes.
     """
     threads = config.threads or threads_of_a_rank(env_local_world_size())
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # if it is not set, accelerate sets another number of threads
     torch.set_num_threads(threads)  # launchers export OMP_NUM_THREADS=1, which leaves most cores idle
     gpus = torch.cuda.device_count()  # NVIDIA's, and AMD's under ROCm; with other GPUs, such as a Mac's, the CPU is used
     refuse_unconnected_processes()
@@ -72,7 +71,8 @@ def connect(config: Config) -> PartialState:
         torch.backends.cudnn.deterministic = not config.cudnn_benchmark  # without it, cuDNN may use nondeterministic kernels
         torch.set_float32_matmul_precision("high")  # TF32, which is the default of convolutions
     init_process_group("cuda" if gpus else "cpu", config)
-    state = PartialState(cpu=not gpus)  # on a machine without GPUs, accelerate needs cpu=True to see the other ranks
+    with variable("OMP_NUM_THREADS", str(threads)):  # if it is not set, accelerate sets another number of threads
+        state = PartialState(cpu=not gpus)  # on a machine without GPUs, accelerate needs cpu=True to see the other ranks
     assert state.num_processes == env_world_size(), state.num_processes
     return state
 

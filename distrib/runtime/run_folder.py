@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from distrib.command_line import read_config, to_yaml
-from distrib.config import Config, differences, keys_of
+from distrib.config import KEYS, Config, differences, keys_of
 from distrib.errors import MAY_PASS, DiskError, UserError
 from distrib.runtime import ranks
 from distrib.runtime.control_channel import ControlChannel, Failure
@@ -69,18 +69,22 @@ def write_config(config: Config) -> None:
         raise UserError(f"run_dir {config.run_dir} cannot be written: {error.strerror}; give another run_dir") from None
 
 
-def refuse_another_config(config: Config, *, longer: bool = False) -> None:
+def refuse_another_config(config: Config, changes: Collection[str] = ()) -> None:
     """Raise UserError, with the keys that differ, if the folder's config.yaml is that of another run."""
     path = Path(config.run_dir, "config.yaml")
     if path.exists():
         there = {each.name: each.value for each in keys_of(read_config(path))}
-        refuse(config.run_dir, differences(there, config, longer=longer))
+        refuse(config.run_dir, differences(there, config, changes=changes))
 
 
 def refuse(run_dir: str | Path, differ: list[str]) -> None:
     """Raise UserError if the run in a folder differs from the run that was requested."""
     if differ:
-        more = "; to train longer, give epochs=N with a larger N" if any(each.startswith("epochs (") for each in differ) else ""
+        names = [each.partition(" (")[0] for each in differ]
+        midway = all(name in KEYS and KEYS[name].meta["midway"] for name in names)
+        more = (
+            f", or {' '.join(f'{name}=...' for name in names)} on the command line to change it from here on" if midway else ""
+        )
         raise UserError(f"{run_dir} was started with another {', '.join(differ)}: give another run_dir{more}")
 
 

@@ -1,7 +1,8 @@
 """The objects that a run works with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -33,6 +34,7 @@ class Run:
     saver: Saver
     stopwatch: Stopwatch
     write_status: Callable[..., None]  # does nothing on other ranks than 0
+    changed: Mapping[str, tuple[Any, Any]]  # keys that were changed midway: their values before this attempt and now
     replay: Replay = field(default_factory=Replay)
     micro_batches: int = 1  # number of parts that a rank's share of a batch is cut into
     records: list[StepRecord] = field(default_factory=list)  # of the steps since collect_records was called

@@ -71,21 +71,22 @@ def report_nonfinite(state: TrainState, run: Run, step: int, *, finite: bool) ->
     odd = [rank for rank, ok in enumerate(ranks.all_gather_object(finite)) if not ok]
     where = f"the loss of rank {', '.join(map(str, odd))}" if odd else "the gradient"
     images = [each for rank in odd or range(steps.world) for each in steps.of_rank(rank)(step).images.tolist()]
-    run.log.warn(f"step {step + 1:,}: {where} is not finite, and no weight was changed; images {shortened(images)}")
-    run.log.text(step + 1, "nonfinite", f"{where}: images {', '.join(map(str, images))}")
+    names = [run.loader.source.train.name_of(each) for each in images]
+    run.log.warn(f"step {step + 1:,}: {where} is not finite, and no weight was changed; images {shortened(names)}")
+    run.log.text(step + 1, "nonfinite", f"{where}: images {', '.join(names)}")
     if config.nonfinite == "stop":
         raise RunError(
-            f"{where} is not finite in step {step + 1:,}: a smaller optim.lr or optim.clip_norm may help; "
-            "nonfinite=skip skips such steps"
+            f"{where} is not finite in step {step + 1:,}: a smaller optim.lr or optim.clip_norm may help, given with the same "
+            "command; nonfinite=skip skips such steps"
         )
     if state.nonfinite_in_a_row > config.nonfinite_limit:
         row = f"{state.nonfinite_in_a_row} steps in a row were not finite, up to step {step + 1:,}"
         raise RunError(f"{row}: try a smaller optim.lr, or optim.clip_norm")
 
 
-def shortened(images: list[int]) -> str:
-    """The first few of a list of images, as text."""
-    return ", ".join(map(str, images[:8])) + (f" and {len(images) - 8} more, in TensorBoard" if len(images) > 8 else "")
+def shortened(names: list[str]) -> str:
+    """The first few of a list of names, as text."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more, in TensorBoard" if len(names) > 8 else "")
 
 
 def check_replicas(state: TrainState, accelerator: Accelerator) -> None:

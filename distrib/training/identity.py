@@ -1,6 +1,6 @@
 """The identity of a run: what the manifest of a checkpoint says of it, and whether a checkpoint belongs to a run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distrib.command_line import dotted
-from distrib.config import AUTO, Config, differences, nested, values_that_apply
+from distrib.config import AUTO, Config, changed_midway, differences, nested, values_that_apply
 from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
 from distrib.runtime import ranks
@@ -17,6 +17,7 @@ from distrib.runtime.attempts import commit
 from distrib.runtime.checkpoint import latest_manifest
 from distrib.runtime.run_folder import refuse, refuse_another_config
 from distrib.training.objective import Objective
+from distrib.training.optim import build_schedule
 from distrib.training.precision import agree_on_precision
 
 PACKAGES = ("distrib", "torch", "torchvision", "accelerate")
@@ -30,18 +31,22 @@ class Identity:
     source: Source
     data: dict[str, Any]  # the fingerprint
     objective: Objective
-    longer: bool = False  # whether more epochs are allowed than the run was started with
+    changes: Collection[str] = ()  # keys that may be changed midway
 
     def refuse_another(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError, with the differences, if a checkpoint with this manifest belongs to another run."""
-        differ = differences(dict(dotted(manifest["config"])), self.config, manifest["chosen"], longer=self.longer)
+        differ = differences(dict(dotted(manifest["config"])), self.config, manifest["chosen"], self.changes)
         differ += data_differences(manifest["data"], self.data)
         if manifest["objective"] != self.objective.name:
             differ.append(f"objective ({manifest['objective']} there, {self.objective.name} now)")
         refuse(self.config.run_dir, differ)
+        total = build_schedule(self.config, len(self.source.train) // self.config.batch_size).total
+        if manifest["step"] > total:
+            there = f"epoch {manifest['step'] * self.config.epochs / total:.2f}"
+            raise UserError(f"{self.config.run_dir} is at {there}, past epochs={self.config.epochs:g}: give more epochs")
 
-    def find_earlier_choices(self) -> dict[str, Any]:
-        """What this run chose for auto when it was started; empty if it starts now. Every rank must call this.
+    def find_manifest(self) -> dict[str, Any]:
+        """The manifest of this run's newest checkpoint; empty if the run starts now. Every rank must call this.
 
         Writes nothing. Raises UserError if the folder belongs to another run, and RunError if it cannot be read now.
         """
@@ -51,11 +56,14 @@ class Identity:
             if manifest:
                 self.refuse_another(manifest)
             else:
-                refuse_another_config(self.config, longer=self.longer)
-            chosen: dict[str, Any] = manifest.get("chosen", {})
-            return chosen
+                refuse_another_config(self.config, self.changes)
+            return manifest
 
         return ranks.on_rank0(look)
+
+    def changed(self, manifest: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The keys that are changed midway, compared with a manifest that may be empty: their values there and now."""
+        return changed_midway(dict(dotted(manifest["config"])), self.config) if manifest else {}
 
     def about(self, chosen: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         """The part of a manifest that describes the run."""

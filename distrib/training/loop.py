@@ -37,9 +37,8 @@ def fit(state: TrainState, run: Run) -> str:
 
         if due(state.step, config.log_every, total):
             report(state, run)
-        if due(state.step, config.eval_every or epoch, total):
-            validate(state, run)
-        if due(state.step, config.save_every or epoch, total):
+        improved = due(state.step, config.eval_every or epoch, total) and validate(state, run)
+        if improved or due(state.step, config.save_every or epoch, total):
             saved = save(state, run)
 
     if saved != state.step:
@@ -141,8 +140,11 @@ def report(state: TrainState, run: Run) -> None:
     state.totals = Totals.zero()
 
 
-def validate(state: TrainState, run: Run) -> None:
-    """Evaluate the network, and its moving average if there is one, and store the result. Every rank must call this."""
+def validate(state: TrainState, run: Run) -> bool:
+    """Evaluate the network, and its moving average if there is one, and store the result. Every rank must call this.
+
+    Returns whether this evaluation was the best so far.
+    """
     networks: dict[str, nn.Module] = {"val": state.network}
     if state.ema is not None:
         networks["val_ema"] = state.ema
@@ -154,8 +156,10 @@ def validate(state: TrainState, run: Run) -> None:
             state.values, state.evaluated_step = run.replay.run_other(work), state.step
             run.log.validation(state.step, group, state.values)
     score = run.objective.score
-    if not state.best_values or score(state.values) > score(state.best_values):
+    improved = ranks.broadcast_object(not state.best_values or score(state.values) > score(state.best_values))
+    if improved:
         state.best_values, state.best_step = state.values, state.step
+    return improved
 
 
 def save(state: TrainState, run: Run) -> int:

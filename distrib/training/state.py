@@ -106,9 +106,10 @@ def snapshot(state: TrainState, earlier: Snapshot | None, score: float | None) -
     return Snapshot(state.step, files, state.numbers(), score)
 
 
-def progress(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a state that status.json shows."""
-    return {"step": numbers["step"], "kept_seconds": numbers["kept_seconds"], **numbers["values"]}
+def progress(numbers: dict[str, Any], main: str) -> dict[str, Any]:
+    """The numbers of a state that status.json shows; `main` is the meter that decides which evaluation was the best."""
+    best = {"step": numbers["best_step"], main: numbers["best_values"][main]} if numbers["best_values"] else None
+    return {"step": numbers["step"], "kept_seconds": numbers["kept_seconds"], "best": best, **numbers["values"]}
 
 
 def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str, Any]], None]) -> list[str]:

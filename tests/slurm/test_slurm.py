@@ -214,8 +214,8 @@ def test_a_killed_rank_ends_its_job_which_is_tried_again_only_as_often_as_asked(
     kill = "pkill", "-KILL", "-f", f"train.py .*run_dir={job.run_dir}"
     slurm.do("at", "node2", *kill)
     slurm.release(job.id)
-    why = "crash 1 of at most 1 (the run failed with exit code 3: rank 1 has exited, so the other ranks exit too; the same command"
-    assert f"slurm.sbatch: {why} resumes from the last checkpoint): back into the queue\n" in job.output.read_text()
+    why = "the run failed with exit code 3: rank 1 has exited, so the other ranks exit too; the same command resumes from "
+    assert f"slurm.sbatch: crash 1 of at most 1 ({why}the last checkpoint): back into the queue\n" in job.output.read_text()
     wait_for(job.output, r"back into the queue\n(.*\n)+" + REPORT[1:])
     slurm.do("at", "node2", *kill)
     failed = slurm.wait(job.id, "FAILED")
