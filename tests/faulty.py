@@ -83,12 +83,12 @@ def stuck(reader: Reader, share: Any) -> Any:
 def with_little_memory(build: Any) -> Any:
     """A network that needs more memory for more than FITS images than one rank has."""
 
-    def built(*args: Any) -> torch.nn.Module:
+    def built(*args: Any, **options: Any) -> torch.nn.Module:
         def check(module: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
             if env_rank() == rank and module.training and len(images[0]) > FITS:
                 raise torch.OutOfMemoryError("out of memory")
 
-        network: torch.nn.Module = build(*args)
+        network: torch.nn.Module = build(*args, **options)
         network.register_forward_pre_hook(check)
         return network
 

@@ -23,7 +23,7 @@ from distrib.runtime.stacks import blocking_ranks, current_call, summary
 from distrib.runtime.status import read_status
 
 LIMIT = 10  # seconds of a step: many times what one takes on a busy machine
-KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "model.norm=group"]
+KEYS = [*SMALL, "threads=1", f"limits.step={LIMIT}", "save_every=10", "eval_every=46", "model.norm=group"]
 
 
 def faulty(fault: str, rank: int, step: int, run_dir: Path, *keys: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
