@@ -12,7 +12,6 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,6 +34,7 @@ from distrib.data.files import decode, random_box, resize
 from distrib.data.loaders import Loader
 from distrib.data.source import Source
 from distrib.data.steps import Steps
+from distrib.data.workers import Workers
 
 IMAGES, BATCH, SIZE, LEAST_AREA = 512, 32, 224, 0.08
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,9 +65,9 @@ def write(folder: Path) -> float:
 
 
 def ours(config: Config, source: Source, workers: int) -> Iterator[Any]:
-    config = replace(config, data=replace(config.data, workers=workers))
     steps = Steps(IMAGES, BATCH, seed=0)
-    return Loader(source, config, steps, torch.device("cpu")).train(range(steps.per_epoch))
+    with Workers(workers) as started:
+        yield from Loader(source, config, steps, torch.device("cpu"), started).train(range(steps.per_epoch))
 
 
 def reference(folder: Path, workers: int) -> Iterator[Any]:

@@ -76,9 +76,9 @@ class DataConfig(Checked):
         only=FROM_DISK,
         path=True,
     )
-    workers: int = key(
-        2,
-        "processes per rank that read image files, for training and again for validation",
+    workers: int | str = key(
+        AUTO,
+        "processes per rank that read image files; auto: as many as the rank has cores, up to 16",
         "[0, inf)",
         free=True,
         only=IMAGE_FILES,
@@ -142,6 +142,12 @@ class LimitsConfig(Checked):
     step: float = key(300.0, "seconds of a step, with loading its images and waiting for other ranks", "(0, 1e9]", free=True)
     evaluation: float = key(3600.0, "seconds of an evaluation", "(0, 1e9]", free=True)
     save: float = key(1800.0, "seconds that training waits for a checkpoint", "(0, 1e9]", free=True)
+    read: float = key(
+        240.0,
+        "seconds for which a read is tried again after a temporary error of a disk; below step",
+        "(0, 1e9]",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)

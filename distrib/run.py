@@ -17,11 +17,12 @@ from distrib.data.loaders import Batch, Loader
 from distrib.data.sharing import agreed_fingerprint, load_shared
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Steps
+from distrib.data.workers import Workers, start_workers
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
-from distrib.runtime import attempts, ranks, signals
+from distrib.runtime import attempts, disk, ranks, signals
 from distrib.runtime.checkpoint import Saver, checkpoint_at
 from distrib.runtime.environment import with_accelerate_settings
 from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
@@ -62,14 +63,17 @@ def train(
     """
     began = time.time() if began is None else began
     config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
-    watchdog = Watchdog(config)
-    with signals.listening(), watchdog as stopwatch, ranks.connected(config) as channel, ExitStack() as cleanup:
-        watchdog.channel = channel
+    disk.retries = disk.Retries(limit=config.limits.read)
+    with ExitStack() as cleanup:
+        cleanup.enter_context(signals.listening())
+        workers = cleanup.enter_context(start_workers(config, source))
+        watchdog = cleanup.enter_context(Watchdog(config))
+        watchdog.channel = channel = cleanup.enter_context(ranks.connected(config))
         data = source or load_shared(config.data)
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
         identity = Identity(config, data, fingerprint, objective or build_objective(config), changes)
-        state, run, setup = prepare(identity, network, stopwatch, StopVote(config, channel), cleanup)
+        state, run, setup = prepare(identity, network, workers, watchdog.stopwatch, StopVote(config, channel), cleanup)
         with open_run(config, channel, began):
             run_dir = Path(config.run_dir)
             warnings = ranks.on_rank0(partial(upgrade, run_dir, state, run.saver.about))
@@ -86,7 +90,12 @@ def train(
 
 
 def prepare(
-    identity: Identity, network: NetworkOrBuilder | None, stopwatch: Stopwatch, vote: StopVote, cleanup: ExitStack
+    identity: Identity,
+    network: NetworkOrBuilder | None,
+    workers: Workers,
+    stopwatch: Stopwatch,
+    vote: StopVote,
+    cleanup: ExitStack,
 ) -> tuple[TrainState, Run, list[str]]:
     """Build everything a run needs; returns also lines for the user. Writes no file. Every rank must call this."""
     manifest, source, objective = identity.find_manifest(), identity.source, identity.objective
@@ -98,7 +107,7 @@ def prepare(
         memory.keep_freed_memory()
     rank, world = accelerator.process_index, accelerator.num_processes
     steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
-    loader, schedule = Loader(source, config, steps, device), build_schedule(config, steps.per_epoch)
+    loader, schedule = Loader(source, config, steps, device, workers), build_schedule(config, steps.per_epoch)
     state, model = build(config, loader, network, accelerator, load=not manifest)
     cleanup.callback(unwrap, accelerator, model)
     micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)

@@ -29,7 +29,7 @@ from distrib.training.loop import train_step
 from distrib.training.state import TrainState
 
 fault, rank, step, mark = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-read = Reader.__getitem__
+read = Reader.read
 FITS = 8  # images, where memory is short
 
 
@@ -73,11 +73,11 @@ def with_loss_of_nan(state: TrainState, *rest: Any) -> None:
     hook.remove()
 
 
-def stuck(reader: Reader, share: Any) -> Any:
-    if torch.utils.data.get_worker_info() and env_rank() == rank and not mark.exists():
+def stuck(reader: Reader, *request: Any) -> None:
+    if multiprocessing.parent_process() and env_rank() == rank and not mark.exists():
         mark.touch()
         time.sleep(1000)
-    return read(reader, share)
+    read(reader, *request)
 
 
 def with_little_memory(build: Any) -> Any:
@@ -98,7 +98,7 @@ def with_little_memory(build: Any) -> Any:
 if __name__ == "__main__":
     loop.train_step = with_loss_of_nan if fault == "nan" else steps_aside
     if fault == "worker":
-        Reader.__getitem__ = stuck
+        Reader.read = stuck
     if fault == "memory":
         run.build_model = with_little_memory(run.build_model)
     if "BLOCK" in os.environ:

@@ -364,7 +364,8 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int, name: 
 
         return called
 
-    monkeypatch.setattr(disk, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(disk, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(disk, "retries", disk.Retries(limit=0.02))
     for each, call in (("open", opened), ("read_bytes", read), ("lstat", lstat)):
         monkeypatch.setattr(Path, each, on(call))
     return failures
@@ -378,6 +379,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(
     write(taken(1), tmp_path, ABOUT, keep=2)
     with monkeypatch.context() as patched:
         failures = failing_reads(patched, code, 3, name)
+        patched.setattr(disk.retries, "limit", 1000)
         assert newest(tmp_path, lambda *_: None)[0] is not None
         assert len(failures) == 3
     assert names(tmp_path) == ["step_00000001"]

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distrib.data.files import Reader, center_box, decode, random_box, resize
-from distrib.data.loaders import Streamed
 from distrib.data.source import Files
 from distrib.data.steps import Share
+from distrib.data.workers import Stream, Workers
 from distrib.errors import UserError
 
-CPU = torch.device("cpu")
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
@@ -29,6 +28,19 @@ def picture(path: Path, mode: str = "RGB", **options: object) -> str:
 
 def reader(paths: list[str], crop_area: float | None = None, size: int = 32) -> Reader:
     return Reader(Files(paths, torch.arange(len(paths)), size), seed=3, crop_area=crop_area)
+
+
+def read(
+    paths: list[str], *shares: Share, crop_area: float | None = None, workers: int = 0
+) -> list[tuple[Share, torch.Tensor]]:
+    with Workers(workers) as started:
+        return list(Stream(reader(paths, crop_area), started, pinned=False).read(shares))
+
+
+def images_of(opened: Reader, epoch: int, numbers: list[int]) -> torch.Tensor:
+    images = torch.empty(len(numbers), 3, opened.files.size, opened.files.size, dtype=torch.uint8)
+    opened.read(epoch, numbers, images)
+    return images
 
 
 KINDS = {
@@ -46,7 +58,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("name", "mode"), KINDS.items())
 def test_every_kind_of_picture_becomes_a_square_of_three_channels(tmp_path: Path, name: str, mode: str) -> None:
-    images = reader([picture(tmp_path / name, mode)])[0, [0]]
+    [[_, images]] = read([picture(tmp_path / name, mode)], Share(0, torch.tensor([0])))
     assert (images.shape, images.dtype) == ((1, 3, 32, 32), torch.uint8)
 
 
@@ -54,7 +66,7 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
-    deep, plain = reader([str(tmp_path / "deep.png"), str(tmp_path / "plain.png")])[0, [0, 1]]
+    deep, plain = images_of(reader([str(tmp_path / "deep.png"), str(tmp_path / "plain.png")]), 0, [0, 1])
     assert torch.equal(deep, plain)
     assert 100 < deep.float().mean() < 155
 
@@ -78,7 +90,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, workers: int) -> None:
     good = picture(tmp_path / "good.jpg")
     for path in damaged(tmp_path).values():
         with pytest.raises(UserError) as told:
-            list(Streamed(reader([good, path]), CPU, workers, tmp_path / "stacks.txt").read([Share(0, torch.tensor([0, 1]))]))
+            read([good, path], Share(0, torch.tensor([0, 1])), workers=workers)
         assert str(told.value).startswith(f"{path} cannot be read as an image: ")
         assert "\n" not in str(told.value)
 
@@ -134,22 +146,19 @@ def test_the_middle_is_centred_and_square() -> None:
 
 def test_a_crop_follows_the_image_the_epoch_and_the_seed_and_not_the_batch(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{i}.png") for i in range(6)]
-    read = reader(paths, crop_area=0.3)
-    whole = read[2, [*range(6)]]
-    assert torch.equal(read[2, [4, 1]], whole[[4, 1]])
+    cropped = reader(paths, crop_area=0.3)
+    whole = images_of(cropped, 2, [*range(6)])
+    assert torch.equal(images_of(cropped, 2, [4, 1]), whole[[4, 1]])
     assert len({tuple(each.flatten().tolist()) for each in whole}) == 6  # the same picture, cropped six ways
-    assert not torch.equal(read[3, [*range(6)]], whole)
-    assert torch.equal(reader(paths)[2, [*range(6)]][0], reader(paths)[3, [5]][0])
+    assert not torch.equal(images_of(cropped, 3, [*range(6)]), whole)
+    assert torch.equal(images_of(reader(paths), 2, [*range(6)])[0], images_of(reader(paths), 3, [5])[0])
 
 
 def test_workers_read_what_one_process_would(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{i}.jpg") for i in range(9)]
     shares = [Share(epoch, torch.randperm(9)[:4]) for epoch in range(5)]
-    alone, helped = (
-        list(Streamed(reader(paths, 0.3), CPU, workers, tmp_path / "stacks.txt").read(iter(shares))) for workers in (0, 2)
-    )
-    for (a, images_a, targets_a), (b, images_b, targets_b) in zip(alone, helped, strict=True):
+    alone, helped = (read(paths, *shares, crop_area=0.3, workers=workers) for workers in (0, 2))
+    for (a, images_a), (b, images_b) in zip(alone, helped, strict=True):
         assert a.epoch == b.epoch
         assert torch.equal(a.images, b.images)
         assert torch.equal(images_a, images_b)
-        assert torch.equal(targets_a, targets_b)

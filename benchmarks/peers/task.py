@@ -28,6 +28,7 @@ from distrib.data.datasets import load_source
 from distrib.data.loaders import Loader
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Steps
+from distrib.data.workers import Workers
 from distrib.models.build import build_model
 from distrib.models.layers import fit_whitening
 from distrib.training.memory import keep_freed_memory
@@ -95,7 +96,7 @@ class Task:
     def loader(self, rank: int = 0, world: int = 1) -> Loader:
         """The trainer's own."""
         steps = Steps(len(self.source.train), self.config.batch_size, self.config.seed, rank, world)
-        return Loader(self.source, self.config, steps, DEVICE)
+        return Loader(self.source, self.config, steps, DEVICE, Workers())
 
     def images(self, *, train: bool, normalize: bool = True) -> "Pictures":
         """The data set as a peer's own documentation would have it: PIL images, or tensors if it is tuned."""

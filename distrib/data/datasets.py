@@ -20,6 +20,7 @@ from distrib.data import SOURCES
 from distrib.data.source import Arrays, Files, Source
 from distrib.errors import UserError
 from distrib.registry import lookup, refuse_unknown
+from distrib.runtime.disk import cannot_be_read, is_temporary, try_again
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -56,8 +57,10 @@ def find_or_download(kind: Any, config: DataConfig, train: bool, download: bool)
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        return kind(config.root, train=train, download=download)
+        return try_again(lambda: kind(config.root, train=train, download=download))
     except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+        if isinstance(error, OSError) and is_temporary(error):
+            raise cannot_be_read(config.root, error) from None
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{config.name} is missing or incomplete in {Path(config.root).absolute()}, and could not be downloaded: {why}. "
@@ -100,8 +103,10 @@ def folder(config: DataConfig, download: bool) -> Source:
     splits = {}
     for split in ("train", "val"):
         try:
-            splits[split] = datasets.ImageFolder(Path(config.root, split))
+            splits[split] = try_again(partial(datasets.ImageFolder, Path(config.root, split)))
         except OSError as error:
+            if is_temporary(error):
+                raise cannot_be_read(Path(config.root, split), error) from None
             why = str(error).splitlines()[0]
             raise UserError(f"data.root={config.root} has no image files in {split}/CLASS/: {why}") from None
     train, val = splits["train"], splits["val"]

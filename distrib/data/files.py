@@ -14,44 +14,43 @@ from torch import Tensor
 from distrib.data.source import Files
 from distrib.data.steps import CROP, fold, noise
 from distrib.errors import UserError
+from distrib.runtime.disk import cannot_be_read, is_temporary, try_again
 
 VIEW = 0.875  # fraction of the shorter side that validation shows, as in most ImageNet recipes
 
-Chunk = tuple[int, list[int]]  # the part of a share that one worker reads: the epoch, for the crops, and the images
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the images of a chunk, (n, 3, size, size) uint8, channels last. torch's DataLoader calls `reader[chunk]`.
-
-    With `crop_area`, each epoch shows a random crop of an image, of at least that fraction of its area; without, the center.
-    If a file is not an image, this returns a UserError with its name: an exception in a worker would print a traceback.
-    """
+    """Reads image files: in each epoch a random crop, of at least the fraction `crop_area` of an image; the center if None."""
 
     files: Files
     seed: int = 0
     crop_area: float | None = None
 
-    def __getitem__(self, chunk: Chunk) -> Tensor | UserError:
-        epoch, indices = chunk
-        draws = noise(fold(self.seed, CROP, epoch), torch.tensor(indices), draws=4).tolist()
-        images = torch.empty(len(indices), self.files.size, self.files.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        try:
-            for place, (index, drawn) in enumerate(zip(indices, draws, strict=True)):
-                images[place] = self._read(os.fsdecode(self.files.paths[index]), drawn)
-        except UserError as error:
-            return error
-        return images
+    def read(self, epoch: int, numbers: list[int], images: Tensor) -> None:
+        """Read the images with these numbers into `images`, (n, 3, size, size) uint8.
+
+        Raises UserError if one is not an image, and DiskError if one cannot be read now.
+        """
+        draws = noise(fold(self.seed, CROP, epoch), torch.tensor(numbers), draws=4).tolist()
+        for place, (number, drawn) in enumerate(zip(numbers, draws, strict=True)):
+            images[place] = self._read(os.fsdecode(self.files.paths[number]), drawn)
 
     def _read(self, path: str, drawn: Sequence[float]) -> Tensor:
         try:
-            with Image.open(path) as image:
-                image.decodermaxblock = 1 << 20  # bytes: most files are then read at once, and not 64 kB at a time
-                box = center_box(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
-                return resize(decode(image, box, self.files.size), self.files.size)
+            return try_again(lambda: self._decode(path, drawn))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, OSError) and is_temporary(error):
+                raise cannot_be_read(path, error) from None
             raise UserError(f"{path} cannot be read as an image: {error}") from None
+
+    def _decode(self, path: str, drawn: Sequence[float]) -> Tensor:
+        with Image.open(path) as image:
+            image.decodermaxblock = 1 << 20  # bytes: most files are then read at once, and not 64 kB at a time
+            box = center_box(*image.size) if self.crop_area is None else random_box(*image.size, self.crop_area, drawn)
+            return resize(decode(image, box, self.files.size), self.files.size)
 
 
 def decode(image: Image.Image, box: Box, size: int) -> Tensor:

@@ -1,30 +1,21 @@
 """Batches on the device, for images in memory and for image files."""
 
 import math
-import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import chain, groupby, islice, tee
-from pathlib import Path
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from distrib.config import Config
 from distrib.data.augment import Augment, Normalize
-from distrib.data.files import Chunk, Reader
+from distrib.data.files import Reader
 from distrib.data.source import Arrays, Files, Source
 from distrib.data.steps import Share, Steps, refuse_fewer_than_ranks, val_range, val_shares
-from distrib.errors import UserError
-from distrib.runtime.signals import blocked_in_workers, guard_worker
-from distrib.runtime.stacks import stack_report
+from distrib.data.workers import Stream, Workers
 
 AUTO_FRACTION = 0.25  # data.resident=auto: largest fraction of a device's free memory that images may take
-# How workers are started. Python 3.14's default on Linux is a fork server, which would die of a signal from a launcher.
-START = "fork" if sys.platform == "linux" else None
-AHEAD = 4  # shares that workers read ahead
 # Small shares of images in memory are augmented together, at most so many, of so many bytes: a host needs as long for one.
 TOGETHER, SMALL = 8, 2 << 20
 
@@ -71,58 +62,16 @@ def placement(size: int, where: str, device: torch.device) -> torch.device:
     return torch.device("cpu") if where == "host" else device
 
 
-class ChunkQueue:
-    """The chunks that the workers read next. Each reading sets other chunks; the workers stay."""
-
-    def __init__(self) -> None:
-        self.chunks: Iterable[Chunk] = ()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return iter(self.chunks)
-
-
 class Streamed:
-    """A set of image files. Worker processes read ahead, each one a chunk of every share. The first reading starts them."""
+    """A set of image files, which worker processes read ahead."""
 
-    def __init__(self, reader: Reader, device: torch.device, workers: int, report: Path) -> None:
-        self.targets, self.device, self.workers, self.queue = reader.files.targets, device, workers, ChunkQueue()
-        kept: Any = {"persistent_workers": True, "prefetch_factor": AHEAD, "multiprocessing_context": START} if workers else {}
-        data: Any = reader  # DataLoader needs no more than __getitem__, since the sampler yields chunks
-        guard = partial(guard_worker, report=report)
-        self.loader = DataLoader(data, sampler=self.queue, batch_size=None, num_workers=workers, worker_init_fn=guard, **kept)
+    def __init__(self, reader: Reader, device: torch.device, workers: Workers) -> None:
+        self.targets, self.device = reader.files.targets, device
+        self.stream = Stream(reader, workers, pinned=device.type == "cuda")
 
     def read(self, shares: Iterable[Share]) -> Iterator[Read]:
-        return prefetch(self._read(shares), self.device)
-
-    def _read(self, shares: Iterable[Share]) -> Iterator[Read]:
-        shares, wanted = tee(shares)
-        self.queue.chunks = chunks = (chunk for share in wanted for chunk in self._chunks_of(share))
-        with blocked_in_workers():
-            images = iter(self.loader)  # the first time, this starts the workers
-        try:
-            for share in shares:
-                yield share, self._joined(list(islice(images, len(self._chunks_of(share))))), self.targets[share.images]
-        finally:
-            chunks.close()  # it refers back to this generator: if the garbage collector has to end the workers, each takes 5 s
-
-    def _chunks_of(self, share: Share) -> list[Chunk]:
-        chunks = min(max(1, self.workers), len(share.images))
-        # As a list: it takes 0.3 ms to a worker. A tensor takes 1.6 ms, since it gets a shared memory file.
-        return [(share.epoch, each.tolist()) for each in share.images.tensor_split(chunks)]
-
-    def _joined(self, chunks: list[Tensor | UserError]) -> Tensor:
-        whole = []
-        for chunk in chunks:
-            if isinstance(chunk, UserError):
-                raise chunk
-            whole.append(chunk)
-        room = torch.empty(
-            (sum(map(len, whole)), *whole[0].shape[1:]),
-            dtype=torch.uint8,
-            memory_format=torch.channels_last,
-            pin_memory=self.device.type == "cuda",  # here, since the DataLoader's pin_memory would make one more copy
-        )
-        return torch.cat(whole, out=room)
+        reads = ((share, images, self.targets[share.images]) for share, images in self.stream.read(shares))
+        return prefetch(reads, self.device)
 
 
 def prefetch(reads: Iterable[Read], device: torch.device) -> Iterator[Read]:
@@ -159,7 +108,7 @@ class Loader:
     Raises UserError if there are more ranks than validation images.
     """
 
-    def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device) -> None:
+    def __init__(self, source: Source, config: Config, steps: Steps, device: torch.device, workers: Workers) -> None:
         refuse_fewer_than_ranks(len(source.val), steps.world, "validation")
         self.source, self.steps, self.device = source, steps, device
         mean, std = (torch.tensor(each, device=device) for each in (source.mean, source.std))
@@ -171,8 +120,7 @@ class Loader:
         def open_split(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
             if isinstance(images, Arrays):
                 return Resident(images, mine, config.data.resident, device)
-            reader = Reader(images, config.seed, crop_area)
-            return Streamed(reader, device, config.data.workers, stack_report(config.run_dir, steps.rank))
+            return Streamed(Reader(images, config.seed, crop_area), device, workers)
 
         self.sets = open_split(source.train, whole, config.data.crop_area), open_split(source.val, mine, None)
 

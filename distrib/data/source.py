@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distrib.errors import UserError, one_line
+from distrib.runtime.disk import cannot_be_read, try_again
 
 READERS = 16  # threads that read file sizes: on a network file system, most of that is waiting
 
@@ -40,6 +41,14 @@ class Arrays:
         return digest.hexdigest()
 
 
+def size_of(path: bytes) -> int:
+    """The size of a file in bytes. Raises DiskError, or OSError."""
+    try:
+        return try_again(lambda: os.path.getsize(path))
+    except OSError as error:
+        raise cannot_be_read(os.fsdecode(path), error) from None
+
+
 @dataclass(frozen=True)
 class Files:
     """Image files, to be read as squares of `size` pixels. Paths are an array of bytes; targets are those of `Arrays`.
@@ -63,7 +72,7 @@ class Files:
         """A hash of the targets and of the name and size of each file, in order. It does not read the files."""
         digest = hashlib.sha256(self.targets.numpy().tobytes())
         with ThreadPoolExecutor(READERS) as pool:
-            for path, size in zip(self.paths, pool.map(os.path.getsize, self.paths, chunksize=256), strict=True):
+            for path, size in zip(self.paths, pool.map(size_of, self.paths, chunksize=256), strict=True):
                 digest.update(os.path.relpath(os.fsdecode(path), self.root or "/").encode(errors="surrogateescape"))
                 digest.update(f"\0{size}\0".encode())
         return digest.hexdigest()

@@ -9,9 +9,10 @@ from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source, data_differences
 from distrib.data.steps import Steps
+from distrib.data.workers import start_workers
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
-from distrib.runtime import ranks
+from distrib.runtime import disk, ranks
 from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
@@ -36,11 +37,12 @@ def evaluate(
     """
     folder, manifest = best_checkpoint(Path(run))
     config = config_of(manifest)
+    disk.retries = disk.Retries(limit=config.limits.read)
     for section, given in (("data", source), ("model", network), ("objective", objective)):
         name = getattr(config, section).name
         if given is None and name.startswith(OWN):
             raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to evaluate() too")
-    with ranks.connected(config) as channel:
+    with start_workers(config, source) as workers, ranks.connected(config) as channel:
         source = source or load_shared(config.data)
         refuse_other_classes(folder, manifest, source)
         agree_on_precision(config.precision, ranks.device())
@@ -55,7 +57,8 @@ def evaluate(
         built.load_state_dict(read_tensors(file))
         # One image per rank and step: no step is run, and the data may have fewer images than a batch.
         world, device = env_world_size(), ranks.device()
-        loader = Loader(source, config, Steps(len(source.train), world, config.seed, channel.rank, world), device)
+        steps = Steps(len(source.train), world, config.seed, channel.rank, world)
+        loader = Loader(source, config, steps, device, workers)
         objective, size = objective or build_objective(config), max(1, config.batch_size // world)
         return evaluation.evaluate(built.to(device), loader, objective, accelerator, size, config.tta)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 SHOW_STACKS = signal.SIGUSR2  # sent to a loader worker by its parent
 FOR_RANKS, FOR_WORKERS, FOR_DEVICE = "waits for other ranks", "waits for its loader workers", "waits for its device"
-WAITING, BACKWARD = "distrib/runtime/control_channel.py", "_engine_run_backward"
+WAITING, BACKWARD, READING = "distrib/runtime/control_channel.py", "_engine_run_backward", "distrib/data/workers.py"
 READS = re.compile(r"\.(item|tolist)\(\)")  # a line of Python with one of these waits for the device
 
 
@@ -38,7 +38,7 @@ def current_call(*, several: bool) -> str:
         # DDP waits for the gradients of other ranks at the end of the backward pass.
         if several and (path.as_posix().endswith(WAITING) or "/torch/distributed/" in path.as_posix() or name == BACKWARD):
             return FOR_RANKS
-        if "/torch/utils/data/dataloader" in path.as_posix() and "get_data" in function:
+        if path.as_posix().endswith(READING) and function == "receive":
             return FOR_WORKERS
     return f"is at {innermost.name}:{line} in {name}"
 

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import NoReturn
@@ -21,7 +20,7 @@ from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.environment import env_rank, env_world_size
 from distrib.runtime.lock import show_life
 from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
-from distrib.runtime.stopwatch import Stopwatch
+from distrib.runtime.stopwatch import PHASES, Stopwatch
 
 PERIOD = 1.0  # seconds between two looks at the clock
 GATHER = 2.0  # seconds that the ranks and their loader workers have to write their stacks
@@ -31,15 +30,15 @@ class Watchdog:
     """A thread that ends this process when a phase of its stopwatch exceeds its limit."""
 
     def __init__(self, config: Config) -> None:
-        self.run_dir, self.limits = Path(config.run_dir), asdict(config.limits)
+        self.run_dir, self.limits = Path(config.run_dir), {phase: float(getattr(config.limits, phase)) for phase in PHASES}
         self.rank, self.world = env_rank(), env_world_size()
         self.stopwatch, self.over = Stopwatch(), False
         self.channel = ControlChannel(self.rank, {})  # until the ranks are connected
         self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Stopwatch:
+    def __enter__(self) -> "Watchdog":
         self.thread.start()
-        return self.stopwatch
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.over = True
