@@ -135,10 +135,10 @@ def build(
     """
     source = loader.source
     torch.manual_seed(config.seed)
-    built = ranks.rank0_first(lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=load))
-    built = built.to(loader.device)
-    if network is not None:
-        ranks.broadcast_network(built)  # each rank built its own
+    build_on = partial(build_model, config.model, source.shape, len(source.classes), network)
+    built = ranks.rank0_first(lambda rank0: build_on(load=load and rank0)).to(loader.device)
+    if network is not None or config.model.weights:
+        ranks.broadcast_network(built)  # each rank built its own, and rank 0 loaded its weights
     fit_whitening(built, loader.sample)
     ema = build_ema(built, config.optim.ema_decay)
     optimizer = build_optimizer(built, config.optim, fused=accelerator.scaler is None)

@@ -1,10 +1,12 @@
 """train.py on a disk that fails. usage: failing_disk.py FAULT [train.py's arguments]
 
-FAULT is CALL:ERRNO:TIMES, such as image:ESTALE:1. For a CALL, ERRNO is raised the first TIMES times, in each process.
+FAULT is CALL:ERRNO:TIMES, such as image:ESTALE:1. A CALL raises ERRNO the first TIMES times, in each process; `checkpoint` is
+reading one, on other ranks than 0.
 """
 
 import errno
 import fcntl
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,9 +21,16 @@ from PIL import Image
 
 from distrib import cli
 from distrib.runtime import exits
+from distrib.runtime.environment import env_rank
+from distrib.training import state
 
 call, name, times = sys.argv[1].split(":")
 failures: list[int] = []
+CALLS: dict[str, list[tuple[Any, str]]] = {
+    "image": [(Image, "open")],
+    "lock": [(fcntl, "lockf")],
+    "checkpoint": [(hashlib, "file_digest"), (state, "load_file"), (state, "safe_open")] if env_rank() else [],
+}
 
 
 def failing(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +44,6 @@ def failing(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    module: Any = {"image": Image, "lock": fcntl}[call]
-    function = {"image": "open", "lock": "lockf"}[call]
-    setattr(module, function, failing(getattr(module, function)))
+    for module, function in CALLS[call]:
+        setattr(module, function, failing(getattr(module, function)))
     exits.leave(cli.main(["train", *sys.argv[2:]]))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, assert_same, launch, requires
+from conftest import ROOT, SCRIPTS, SMALL, assert_same, launch, requires
 from test_launch import pictures
 
 from distrib.errors import DISK
@@ -51,6 +51,16 @@ def test_an_image_that_can_never_be_read_ends_the_run_as_a_failure_of_the_disk(
     assert lines[0].endswith("cannot be read: Input/output error, after 0.5 s of tries (limits.read)")
     assert read_status(tmp_path / "run")["exit_code"] == DISK
     assert "Traceback" not in done.stderr
+
+
+def test_only_rank_0_reads_a_checkpoint(tmp_path: Path) -> None:
+    keys, run, copy = [*SMALL, "threads=1"], tmp_path / "run", tmp_path / "copy"
+    assert launch(2, "train.py", *keys, "epochs=1", f"run_dir={run}").returncode == 0
+    shutil.copytree(run, copy)
+    done = launch(2, "tests/failing_disk.py", "checkpoint:EACCES:1000", *keys, f"run_dir={run}")
+    assert done.returncode == 0, done.stderr
+    assert launch(2, "train.py", *keys, f"run_dir={copy}").returncode == 0
+    assert_same(run, copy)
 
 
 def test_workers_need_neither_shared_memory_of_the_container_nor_a_short_path_for_sockets(tmp_path: Path, whole: Path) -> None:

@@ -1,5 +1,6 @@
 """`evaluate`: the exact meters of a trained run on a validation set, on any number of ranks."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from distrib.data.workers import start_workers
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
-from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint
+from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective
 from distrib.training.parallel import make_accelerator
 from distrib.training.precision import agree_on_precision
-from distrib.training.state import read_tensors, shapes, tensor_differences
+from distrib.training.state import broadcast_file, shapes, tensor_differences
 
 
 def evaluate(
@@ -50,17 +51,19 @@ def evaluate(
         built = ranks.rank0_first(
             lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=False)
         )
-        file = folder / (EMA if (folder / EMA).exists() else MODEL)
-        differ = tensor_differences(shapes(file), {name: (each.shape, each.dtype) for name, each in built.state_dict().items()})
+        device, file = ranks.device(), folder / (EMA if EMA in manifest["files"] else MODEL)
+        ranks.on_rank0(partial(refuse_damaged, folder))
+        there = ranks.on_rank0(partial(shapes, file))
+        differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in built.state_dict().items()})
         if differ:
             raise UserError(f"{folder} was saved with another network: {differ}")
-        built.load_state_dict(read_tensors(file))
+        built.to(device).load_state_dict(dict(broadcast_file(file)))
         # One image per rank and step: no step is run, and the data may have fewer images than a batch.
-        world, device = env_world_size(), ranks.device()
+        world = env_world_size()
         steps = Steps(len(source.train), world, config.seed, channel.rank, world)
         loader = Loader(source, config, steps, device, workers)
         objective, size = objective or build_objective(config), max(1, config.batch_size // world)
-        return evaluation.evaluate(built.to(device), loader, objective, accelerator, size, config.tta)
+        return evaluation.evaluate(built, loader, objective, accelerator, size, config.tta)
 
 
 def config_of(manifest: dict[str, Any]) -> Config:

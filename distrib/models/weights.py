@@ -11,7 +11,7 @@ from torchvision import models
 
 from distrib.config import ModelConfig
 from distrib.errors import UserError, one_line
-from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint
+from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
 
 DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # the published densenets have an older form of these names
 
@@ -39,6 +39,7 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     path = Path(config.weights)
     if path.is_dir():  # a run folder or checkpoint: the moving average, if there is one
         folder, _ = best_checkpoint(path)
+        refuse_damaged(folder)
         path = folder / (EMA if (folder / EMA).exists() else MODEL)
     try:
         if path.suffix == ".safetensors":

@@ -156,13 +156,28 @@ def newest(run_dir: Path, check: Callable[[Path, dict[str, Any]], None]) -> tupl
 
 
 def best_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint `run`, or the best one in the run folder `run`, and its manifest. Renames nothing. Raises UserError."""
+    """The checkpoint `run`, or the best one in the run folder `run`, and its manifest; `refuse_damaged` checks the files.
+
+    Renames nothing. Raises UserError.
+    """
     found = [run] if (run / MANIFEST).exists() else checkpoints(run)
     if not found:
         raise UserError(f"{run} has no checkpoints: give a run folder or a checkpoint")
     folder = best_of(found) or found[-1]
+    with torn_refused(folder):
+        return folder, read_manifest(folder)
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise UserError if the files of a checkpoint differ from what was written."""
+    with torn_refused(folder):
+        verified(folder)
+
+
+@contextmanager
+def torn_refused(folder: Path) -> Iterator[None]:
     try:
-        return folder, verified(folder)
+        yield
     except Torn as why:
         raise UserError(f"{folder} is damaged ({why}): give another checkpoint") from None
 

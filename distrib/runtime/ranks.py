@@ -186,6 +186,14 @@ def raise_on_all(error: UserError | RunError | None) -> None:
         raise first from None
 
 
+def broadcast_tensors(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Send rank 0's tensors to all ranks, one after the other, to their devices. Every rank must call this."""
+    for name, shape, dtype in broadcast_object([(name, each.shape, each.dtype) for name, each in tensors.items()]):
+        tensor = tensors[name].to(device()).contiguous() if is_rank0() else torch.empty(shape, dtype=dtype, device=device())
+        broadcast(tensor.view(-1).view(torch.uint8))  # as bytes: gloo does not know all types
+        yield name, tensor
+
+
 def broadcast_buffers(network: nn.Module) -> None:
     """Copy rank 0's buffers to all ranks. Every rank must call this."""
     for buffer in network.buffers():

@@ -1,7 +1,7 @@
 """The state of a run: everything that changes during training, and how it is saved and restored."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distrib.errors import RunError, UserError
+from distrib.errors import UserError
 from distrib.runtime import ranks
-from distrib.runtime.checkpoint import EMA, MODEL, NUMBERS, TRAINING, Snapshot, Torn, as_outcomes, newest, sha256
+from distrib.runtime.checkpoint import EMA, MODEL, NUMBERS, TRAINING, Snapshot, Torn, as_outcomes, newest
 from distrib.runtime.disk import try_again
 from distrib.training.meters import Totals
 
@@ -115,8 +115,8 @@ def progress(numbers: dict[str, Any], main: str) -> dict[str, Any]:
 def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str, Any]], None]) -> list[str]:
     """Load the newest intact checkpoint into `state`, if there is one; returns lines for the user. Every rank must call this.
 
-    Rank 0 chooses the checkpoint. `refuse_another(manifest)` raises UserError if it belongs to another run. Raises UserError
-    also if the files of another rank differ, and RunError if the checkpoint cannot be read now.
+    Only rank 0 reads the files; it sends their content to the other ranks. `refuse_another(manifest)` raises UserError if the
+    checkpoint belongs to another run. Raises RunError if it cannot be read now.
     """
 
     def check(folder: Path, manifest: dict[str, Any]) -> None:
@@ -124,27 +124,16 @@ def restore(state: TrainState, run_dir: Path, refuse_another: Callable[[dict[str
         check_tensors(folder, state)
         check_numbers(folder / NUMBERS, manifest["step"])
 
-    folder, manifest, lines = ranks.on_rank0(lambda: newest(run_dir, check))
-    if folder is None:
-        return lines
-    error: UserError | RunError | None = None
-    try:
-        with as_outcomes(folder):
-            if any(sha256(folder / name) != file["sha256"] for name, file in manifest["files"].items()):
-                raise Torn("a file differs from that on rank 0")
-            put_tensors(folder, state)
-            put_numbers(folder / NUMBERS, state)
-    except Torn as why:
-        error = UserError(f"{folder} differs between ranks ({why}): is run_dir on a file system that all machines share?")
-    except (UserError, RunError) as met:
-        error = met
-    ranks.raise_on_all(error)
+    folder, _, lines = ranks.on_rank0(lambda: newest(run_dir, check))
+    if folder is not None:
+        put_tensors(folder, state)
+        put_numbers(ranks.on_rank0(lambda: read_numbers(folder / NUMBERS)), state)
     return lines
 
 
-def put_numbers(path: Path, state: TrainState) -> None:
+def put_numbers(numbers: dict[str, Any], state: TrainState) -> None:
     """Load the numbers of a checkpoint into `state`."""
-    for name, value in read_numbers(path).items():
+    for name, value in numbers.items():
         if name != "scaler":
             setattr(state, name, value)
         elif value:
@@ -207,33 +196,44 @@ def check_numbers(path: Path, step: int) -> None:
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
-    numbers: dict[str, Any] = json.loads(try_again(path.read_bytes))
+    """The numbers in a file. Raises RunError."""
+    with as_outcomes(path.parent):
+        numbers: dict[str, Any] = json.loads(try_again(path.read_bytes))
     return numbers
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    return try_again(lambda: load_file(path))
+    """The tensors in a file. Raises RunError."""
+    with as_outcomes(path.parent):
+        return try_again(lambda: load_file(path))
 
 
 def put_tensors(folder: Path, state: TrainState) -> None:
-    """Load the tensors of a checkpoint into `state`."""
-    state.network.load_state_dict(read_tensors(folder / MODEL))
+    """Load the tensors of a checkpoint into `state`. Every rank must call this."""
+    state.network.load_state_dict(dict(broadcast_file(folder / MODEL)))
     if state.ema is not None:
-        state.ema.load_state_dict(read_tensors(folder / EMA))
+        state.ema.load_state_dict(dict(broadcast_file(folder / EMA)))
     weights = dict(state.network.named_parameters())
     memory: dict[nn.Parameter, dict[str, Tensor]] = {}
-    sums: dict[str, Tensor] = {}
-    found = read_tensors(folder / TRAINING)
-    for name, tensor in found.items():
-        if name.startswith(OPTIMIZER):
-            owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
-            like = weights[owner]
+    found: dict[str, Tensor] = {}
+    for name, tensor in broadcast_file(folder / TRAINING):
+        owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+        if not name.startswith(OPTIMIZER):
+            found[name] = tensor.cpu() * ranks.is_rank0()  # a save moves the totals of all ranks to rank 0
+        elif tensor.dim():
             # A fused optimizer needs a weight and its momentum in the same memory format.
-            memory.setdefault(like, {})[key] = torch.empty_like(like).copy_(tensor) if tensor.dim() else tensor
-        elif name.startswith(SUMS):
-            sums[name.removeprefix(SUMS)] = tensor * ranks.is_rank0()  # a save moves the totals of all ranks to rank 0
+            memory.setdefault(weights[owner], {})[key] = torch.empty_like(weights[owner]).copy_(tensor)
+        else:
+            memory.setdefault(weights[owner], {})[key] = tensor.cpu()
     load_memory(state.optimizer, memory)
-    state.totals = Totals(sums, found[IMAGES] * ranks.is_rank0())
+    images = found.pop(IMAGES)
+    state.totals = Totals({name.removeprefix(SUMS): each for name, each in found.items()}, images)
+
+
+def broadcast_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a file, which rank 0 reads, on this rank's device. Every rank must call this. Raises RunError."""
+    found = ranks.rank0_first(lambda rank0: read_tensors(path) if rank0 else {})
+    return ranks.broadcast_tensors(found)
 
 
 def load_memory(optimizer: Optimizer, memory: dict[nn.Parameter, dict[str, Tensor]]) -> None:
