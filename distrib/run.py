@@ -1,7 +1,7 @@
 """`train`: builds a run from a config and, if the caller passes them, a data set, a network and an objective."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,10 +23,11 @@ from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
 from distrib.runtime import attempts, disk, ranks, signals
-from distrib.runtime.checkpoint import Saver, checkpoint_at
+from distrib.runtime.checkpoint import checkpoint_at
 from distrib.runtime.environment import with_accelerate_settings
 from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
-from distrib.runtime.status import write_status
+from distrib.runtime.saver import Saver, try_save
+from distrib.runtime.status import Status
 from distrib.runtime.stop_vote import StopVote
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.runtime.watchdog import Watchdog
@@ -73,15 +74,13 @@ def train(
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
         identity = Identity(config, data, fingerprint, objective or build_objective(config), changes)
-        state, run, setup = prepare(identity, network, workers, watchdog.stopwatch, StopVote(config, channel), cleanup)
-        with open_run(config, channel, began):
-            run_dir = Path(config.run_dir)
-            warnings = ranks.on_rank0(partial(upgrade, run_dir, state, run.saver.about))
-            warnings += restore(state, run_dir, identity.refuse_another)
+        vote, status = StopVote(config, channel), Status(Path(config.run_dir), began)
+        state, run, setup = prepare(identity, network, workers, watchdog.stopwatch, vote, status, cleanup)
+        with open_run(config, channel, status) as watchdog.lease:
+            warnings = [*(watchdog.lease.warnings if watchdog.lease else []), *resume(state, run, identity)]
             lines += [f"warning: {each}" for each in warnings]
-            ranks.on_rank0(partial(write_config, config))
             stopped_by = attempt(state, run, data, [*lines, *setup])
-            run.write_status(
+            run.status.write(
                 "stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers(), run.objective.main)
             )
             if stopped_by:
@@ -95,6 +94,7 @@ def prepare(
     workers: Workers,
     stopwatch: Stopwatch,
     vote: StopVote,
+    status: Status,
     cleanup: ExitStack,
 ) -> tuple[TrainState, Run, list[str]]:
     """Build everything a run needs; returns also lines for the user. Writes no file. Every rank must call this."""
@@ -112,14 +112,13 @@ def prepare(
     cleanup.callback(unwrap, accelerator, model)
     micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
     chosen = earlier or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
-    note: Callable[..., None] = partial(write_status, Path(config.run_dir)) if rank == 0 else lambda *state, **facts: None
     forms = {name: meter.form for name, meter in objective.meters.items()}
     log = Log(config, schedule.total, steps, forms, objective.main, silent=rank > 0)
-    saver = Saver(config, identity.about(chosen, world), lambda saved: note(**progress(saved.numbers, objective.main)))
+    saver = Saver(config, identity.about(chosen, world), lambda saved: status.write(**progress(saved.numbers, objective.main)))
     wanted = can_replay(config, device, world, scaled=state.scaler is not None)
     replay = Replay(wanted=wanted, undo=state.optimizer.zero_grad)
     changed = identity.changed(manifest)
-    parts = (loader, schedule, vote, log, saver, stopwatch, note, changed, replay, micro_batches)
+    parts = (loader, schedule, vote, log, saver, stopwatch, status, changed, replay, micro_batches)
     run = Run(config, objective, accelerator, model, *parts)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
@@ -160,10 +159,20 @@ def cut_into_memory(
     return memory.micro_batches_that_fit(config.micro_batches, Path(config.run_dir), share, rehearse, refuse)
 
 
+def resume(state: TrainState, run: Run, identity: Identity) -> list[str]:
+    """Load the newest checkpoint, and see that the next one can be saved; returns warnings. Every rank must call this."""
+    run_dir = Path(run.config.run_dir)
+    warnings = ranks.on_rank0(partial(upgrade, run_dir, state, run.saver.about))
+    warnings += restore(state, run_dir, identity.refuse_another)
+    ranks.on_rank0(partial(write_config, identity.config))
+    ranks.on_rank0(partial(try_save, run_dir, state.size()))
+    return warnings
+
+
 def attempt(state: TrainState, run: Run, source: Source, lines: list[str]) -> str:
     """Train to the end, or until a stop is requested; returns who requested it, or "". Every rank must call this."""
     config, log = run.config, run.log
-    run.write_status("running", **progress(state.numbers(), run.objective.main))
+    run.status.write("running", **progress(state.numbers(), run.objective.main))
     attempts.record(config, state.step, run.changed)
     rank, auto = run.accelerator.process_index, config.micro_batches == AUTO
     explained = memory.memory_errors_explained(state, rank, run.micro_batches, auto=auto)

@@ -18,14 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distrib.config import Config
-from distrib.errors import RunError, UserError
+from distrib.errors import DiskError, RunError, UserError
 from distrib.runtime import checkpoint, disk
 from distrib.runtime.checkpoint import (
     MANIFEST,
     MODEL,
     NUMBERS,
     TRAINING,
-    Saver,
     Snapshot,
     Torn,
     best_of,
@@ -34,6 +33,7 @@ from distrib.runtime.checkpoint import (
     prune,
     write,
 )
+from distrib.runtime.saver import Saver, try_save
 
 ABOUT = {"config": {"seed": 0}, "ranks": 2}
 
@@ -300,6 +300,33 @@ def test_a_saver_works_behind_the_back_and_tells_what_went_wrong(tmp_path: Path,
         saver.save(taken(3))
     assert found(tmp_path) == (3, [])
     assert on_disk == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["mkdir", "posix_fallocate", "fsync", "rename"])
+def test_a_disk_that_cannot_be_saved_to_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fail)
+        with pytest.raises(DiskError, match=r"a checkpoint of 2.0 MB cannot be saved in .*: No space left on device"):
+            try_save(tmp_path, 2_000_000)
+    (tmp_path / "checkpoints" / "trial.partial").mkdir(parents=True)  # of a process that was killed
+    try_save(tmp_path, 2_000_000)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_reserve_room_may_still_be_saved_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    try_save(tmp_path, 2_000_000)
 
 
 def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from distrib.cli import main
-from distrib.runtime import checkpoint
+from distrib.runtime import saver
 
 ACCELERATE = [
     sys.executable,
@@ -87,7 +87,7 @@ def test_a_folder_of_another_config_is_refused_before_anything_is_written(
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, saves: range) -> None:
     """The disk is full while these saves are made, counted from 0."""
-    write, made = checkpoint.write, []
+    write, made = saver.write, []
 
     def writing(*args: Any) -> None:
         made.append(args)
@@ -95,7 +95,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, saves: range) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args)
 
-    monkeypatch.setattr(checkpoint, "write", writing)
+    monkeypatch.setattr(saver, "write", writing)
 
 
 def test_a_run_goes_on_when_a_save_fails_and_tries_again(

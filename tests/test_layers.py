@@ -33,8 +33,8 @@ WITHIN = {  # the same inside a room
     "distrib/models": [["build"], ["weights", "cnn", "airbench"], ["layers"]],
     "distrib/reporting": [["log", "runs"]],
     "distrib/runtime": [
-        ["run_folder", "watchdog", "exits", "attempts"],
-        ["checkpoint", "status", "lock", "stop_vote", "stopwatch"],
+        ["run_folder", "watchdog", "exits", "attempts", "saver"],
+        ["checkpoint", "status", "lease", "stop_vote", "stopwatch"],
         ["disk", "ranks", "signals"],
         ["control_channel"],
         ["connection"],

@@ -2,29 +2,26 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from distrib.command_line import read_config
 from distrib.config import Config, OptimConfig
 from distrib.errors import DiskError, LostRankError, RunError, UserError
-from distrib.runtime import disk, lock, status
+from distrib.runtime import status as status_module
 from distrib.runtime.control_channel import ControlChannel
-from distrib.runtime.lock import run_lock
+from distrib.runtime.lease import Lease
 from distrib.runtime.run_folder import ask_for_requeue, open_run, refuse_another_config, write_config
-from distrib.runtime.status import read_status, write_status
+from distrib.runtime.status import Status, read_status
 
 
-def opened(config: Config, ago: float = 0) -> AbstractContextManager[None]:
+def opened(config: Config, ago: float = 0, status: Status | None = None) -> AbstractContextManager[Lease | None]:
     """The folder of an attempt of one rank that began some seconds ago."""
-    return open_run(config, ControlChannel(0, {}), time.time() - ago)
+    return open_run(config, ControlChannel(0, {}), status or Status(Path(config.run_dir), time.time() - ago))
 
 
 def begin(config: Config, *changes: str) -> None:
@@ -69,95 +66,58 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         begin(Config(run_dir=str(tmp_path / "file" / "run")))
 
 
-HOLD = """
-import time
-from contextlib import AbstractContextManager
-from pathlib import Path
-from distrib.runtime.lock import run_lock
-with run_lock(Path({!r})):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> "subprocess.Popen[str]":
-    """Another process that holds the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(str(tmp_path))], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == "held\n"
-    return process
-
-
-@pytest.mark.slow
-def test_a_folder_in_use_is_refused_and_a_dead_ones_is_taken_over(
-    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("code", "error"), [(errno.EACCES, UserError), (errno.ENOSPC, DiskError), (errno.EIO, DiskError)])
+def test_a_folder_that_cannot_be_written_is_a_mistake_or_a_failure_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    words = rf"is in use by process {holder.pid} on .*: stop that, or give another run_dir"
-    with pytest.raises(UserError, match=words), run_lock(tmp_path):
-        pass
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    with run_lock(tmp_path):
-        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+    def fail(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
 
-
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lockf(*args: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
-    with pytest.raises(UserError, match=r"cannot be written: No locks available; give another run_dir"):
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(error, match=f"cannot be written: {os.strerror(code)}"):
         begin(Config(run_dir=str(tmp_path)))
-
-
-@pytest.mark.slow
-def test_a_trainer_that_is_about_to_leave_is_waited_for(
-    tmp_path: Path, holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 300)
-    began = time.monotonic()
-    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
-    with run_lock(tmp_path):
-        assert time.monotonic() - began > 0.4
-    killer.wait()
-    holder.wait()
 
 
 def test_the_status_tells_how_a_run_fares(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path))
-    with opened(config):
+    status = Status(tmp_path, time.time())
+    with opened(config, status=status):
         time.sleep(0.2)
-        write_status(tmp_path, "running", step=3, kept_seconds=0.1)
+        status.write("running", step=3, kept_seconds=0.1)
         found = read_status(tmp_path)
         assert found.items() >= {"state": "running", "step": 3, "attempts": 1}.items()
         assert found["goodput"] == pytest.approx(0.1 / found["seconds"], abs=1e-3)
-    with pytest.raises(ZeroDivisionError), opened(config):
+    status = Status(tmp_path, time.time())
+    with pytest.raises(ZeroDivisionError), opened(config, status=status):
         1 / 0  # noqa: B018
-    write_status(tmp_path, step=4)  # by a save that was under way
+    status.write(step=4)  # by a save that was under way
     failed = {"state": "failed", "cause": "ZeroDivisionError: division by zero", "rank": 0, "attempts": 2, "step": 4}
     assert read_status(tmp_path).items() >= failed.items()
     refuse_another_config(config)
 
 
-def test_the_time_of_a_killed_attempt_counts_up_to_its_last_sign_of_life(tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path))
-    begin(config)
-    disk.write_atomically(tmp_path / "status.json", '{"seconds": 7.5}')
-    os.utime(tmp_path / "status.json", (1000, 1000))
-    os.utime(tmp_path / "lock", (1002.5, 1002.5))
-    assert status.up_seconds(tmp_path) == 10
+def test_threads_may_write_the_status_at_once(tmp_path: Path) -> None:
+    status = Status(tmp_path, time.time())
+    status.begin(0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: status.write(**{f"fact{i}": i}), range(100)))
+    assert read_status(tmp_path).items() >= {f"fact{i}": i for i in range(100)}.items()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_rank_that_has_not_begun_the_status_does_not_write_it(tmp_path: Path) -> None:
+    Status(tmp_path, time.time()).write("failed")
+    assert read_status(tmp_path) == {}
 
 
 def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with opened(Config(run_dir=str(tmp_path))):
-        monkeypatch.setattr(status, "write_atomically", full)
-        write_status(tmp_path, "running", step=3)
+    status = Status(tmp_path, time.time())
+    with opened(Config(run_dir=str(tmp_path)), status=status):
+        monkeypatch.setattr(status_module, "write_atomically", full)
+        status.write("running", step=3)
 
 
 def test_a_run_that_a_signal_stopped_asks_for_its_requeue_where_there_is_a_file_for_that(
@@ -208,16 +168,26 @@ def test_a_run_that_began_before_a_key_was_there_goes_on_with_its_default(tmp_pa
         begin(Config(run_dir=str(tmp_path), optim=OptimConfig(clip_norm=1.0)))
 
 
-def test_the_time_between_two_attempts_does_not_count(tmp_path: Path) -> None:
+def test_the_time_of_attempts_is_added_up_to_the_last_sign_of_life_of_each_and_no_clock_of_the_disk_matters(
+    tmp_path: Path,
+) -> None:
     config = Config(run_dir=str(tmp_path))
-    begin(config)
-    disk.write_atomically(tmp_path / "status.json", '{"seconds": 7.5}')
-    for name, ago in (("status.json", 1000), ("lock", 990)):
-        os.utime(tmp_path / name, (time.time() - ago, time.time() - ago))
-    with opened(config, 2):
-        assert 19.5 <= read_status(tmp_path)["seconds"] < 100
-
-
-def test_the_time_before_a_run_folder_is_opened_counts(tmp_path: Path) -> None:
-    with opened(Config(run_dir=str(tmp_path)), 100):
+    with opened(config, 100) as lease:
         assert 100 <= read_status(tmp_path)["seconds"] < 200
+        (tmp_path / "status.json").write_text('{"seconds": 7.5}')  # the last one that was written before a kill
+        assert lease
+        lease.renew()
+        text = (tmp_path / "lock").read_text()
+    (tmp_path / "lock").write_text(text)
+    for name in ("status.json", "lock"):
+        os.utime(tmp_path / name, (1000, 1000))
+    with opened(config, 2):
+        assert 102 <= read_status(tmp_path)["seconds"] < 200
+
+
+def test_the_status_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("process 1 on a host\n")
+    (tmp_path / "status.json").write_text('{"seconds": 7.5, "attempts": 3, "micro_batches": 2}')
+    with opened(Config(run_dir=str(tmp_path))):
+        assert read_status(tmp_path).items() >= {"attempts": 4, "micro_batches": 2}.items()
+        assert 7.5 <= read_status(tmp_path)["seconds"] < 100

@@ -16,8 +16,8 @@ def test_a_program_that_goes_on_after_its_run_is_not_ended_by_the_limit_of_a_pha
     armed: list[bool] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **options: armed.append(options["exit"]))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
-    with Watchdog(Config(run_dir=str(tmp_path))) as stopwatch:
-        stopwatch.enter("step")
+    with Watchdog(Config(run_dir=str(tmp_path))) as watchdog:
+        watchdog.stopwatch.enter("step")
         while not armed:
             time.sleep(0.01)
     assert armed == []

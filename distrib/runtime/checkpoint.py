@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distrib.config import Config
-from distrib.errors import DiskError, RunError, UserError, one_line
+from distrib.errors import DiskError, UserError, one_line
 from distrib.runtime.disk import to_disk, try_again
 
 MODEL, EMA, TRAINING = "model.safetensors", "ema.safetensors", "training.safetensors"
@@ -271,44 +269,3 @@ def sha256(path: Path) -> str:
 
 def own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-class Saver:
-    """Writes checkpoints in a background thread, one at a time. At its exit, this context waits for the last one.
-
-    `saved(snapshot)` is called when a checkpoint is on the disk.
-    """
-
-    def __init__(self, config: Config, about: dict[str, Any], saved: Callable[[Snapshot], None]) -> None:
-        self.run_dir, self.keep, self.about, self.saved = Path(config.run_dir), config.keep, about, saved
-        self.thread: threading.Thread | None = None
-        self.last: Snapshot | None = None  # the next snapshot reuses its memory
-        self.failure: RunError | None = None
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.wait()
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Start to write a snapshot. Call `wait` first."""
-        self.last, self.failure = snapshot, None
-        self.thread = threading.Thread(target=self._write, args=(snapshot,), name=f"save step {snapshot.step}")
-        self.thread.start()
-
-    def wait(self) -> RunError | None:
-        """Wait for the running save; returns the error of the last save, or None."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        return self.failure
-
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            write(snapshot, self.run_dir, self.about, self.keep)
-            self.saved(snapshot)
-        except Exception as error:  # training continues, and `wait` reports this
-            kind = DiskError if isinstance(error, OSError) else RunError
-            why = f"{type(error).__name__}: {one_line(error)}"
-            self.failure = kind(f"the checkpoint of step {snapshot.step} was not saved: {why}")

@@ -1,7 +1,7 @@
 """A run folder belongs to one run, and one process group at a time trains in it."""
 
+import errno
 import os
-import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -13,49 +13,60 @@ from distrib.errors import MAY_PASS, DiskError, UserError
 from distrib.runtime import ranks
 from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.disk import write_atomically
-from distrib.runtime.lock import run_lock
-from distrib.runtime.status import begin_status, up_seconds, write_status
+from distrib.runtime.lease import Lease
+from distrib.runtime.status import Status
 from distrib.runtime.stop_vote import StopVote
+
+# Errors of a path that the user gave; others are failures of the disk, which may pass.
+NAMES = "EACCES EPERM EROFS ENOENT ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP EINVAL"
+MISTAKES = {getattr(errno, name) for name in NAMES.split()}
+PART_OF_START = 0.9  # of limits.start that waiting for a dead job's lock may take; at limits.start, the watchdog ends the run
 
 
 @contextmanager
-def open_run(config: Config, channel: ControlChannel, began: float) -> Iterator[None]:
-    """Lock the run folder, and write the cause of a failure into its status. Every rank must call this.
+def open_run(config: Config, channel: ControlChannel, status: Status) -> Iterator[Lease | None]:
+    """Take the lease on the run folder, on rank 0, and write the cause of a failure into its status. Every rank must call this.
 
-    Raises UserError if the folder cannot be written or is in use, and LostRankError if the process of another rank has ended.
+    Raises UserError if the folder cannot be written or is in use, DiskError if its disk fails, and LostRankError if the process
+    of another rank has ended.
     """
-    run_dir = Path(config.run_dir)
     with ExitStack() as stack:
-        ranks.on_rank0(lambda: stack.enter_context(start_attempt(run_dir, began)))
-        channel.last_words = partial(write_failure, run_dir)
+        lease = ranks.rank0_first(lambda rank0: stack.enter_context(start_attempt(config, status)) if rank0 else None)
+        channel.last_words = partial(write_failure, status)
         try:
-            yield
+            yield lease
         except Exception as error:
             found = channel.settle(error)
             if channel.speaks():
-                write_failure(run_dir, Failure.of(found, channel.rank))
+                write_failure(status, Failure.of(found, channel.rank))
             if found is error:
                 raise
             raise found from None
 
 
 @contextmanager
-def start_attempt(run_dir: Path, began: float) -> Iterator[None]:
-    """Create the folder, lock it and begin its status; rank 0 does this. Raises UserError."""
+def start_attempt(config: Config, status: Status) -> Iterator[Lease]:
+    """Create the folder, take the lease on it and begin its status; rank 0 does this. Raises UserError and DiskError."""
+    run_dir = Path(config.run_dir)
     with ExitStack() as stack:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            seconds = up_seconds(run_dir) + time.time() - began  # before the lock is touched, which this reads
-            stack.enter_context(run_lock(run_dir))
-            begin_status(run_dir, seconds)
+            lease = stack.enter_context(Lease(run_dir, status.seconds, PART_OF_START * config.limits.start))
+            status.begin(lease.earlier)
         except OSError as error:
-            raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}; give another run_dir") from None
-        yield
+            raise cannot_be_written(run_dir, error) from None
+        yield lease
 
 
-def write_failure(run_dir: Path, failure: Failure) -> None:
+def cannot_be_written(run_dir: str | Path, error: OSError) -> UserError | DiskError:
+    """The error of a run whose folder cannot be written: the user's mistake, or the disk's failure."""
+    words = f"run_dir {run_dir} cannot be written: {error.strerror}"
+    return UserError(f"{words}; give another run_dir") if error.errno in MISTAKES else DiskError(words)
+
+
+def write_failure(status: Status, failure: Failure) -> None:
     """Write a failure into the status of the run; ask for a requeue if the same command may succeed."""
-    write_status(run_dir, "failed", exit_code=failure.code, **{"cause": failure.text} | failure.facts)
+    status.write("failed", exit_code=failure.code, **{"cause": failure.text} | failure.facts)
     if failure.code in MAY_PASS:
         with suppress(OSError):
             write_requeue_file(f"failed with exit code {failure.code}: {failure.text}")
@@ -66,7 +77,7 @@ def write_config(config: Config) -> None:
     try:
         write_atomically(Path(config.run_dir, "config.yaml"), to_yaml(config))
     except OSError as error:
-        raise UserError(f"run_dir {config.run_dir} cannot be written: {error.strerror}; give another run_dir") from None
+        raise cannot_be_written(config.run_dir, error) from None
 
 
 def refuse_another_config(config: Config, changes: Collection[str] = ()) -> None:

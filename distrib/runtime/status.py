@@ -1,6 +1,7 @@
 """status.json in a run folder: the state of the run, why it ended, and which part of its time produced the saved state."""
 
 import json
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,44 @@ from typing import Any
 from distrib.runtime.disk import write_atomically
 
 FILE = "status.json"
+REMEMBERED = ("micro_batches",)  # facts that the next attempt needs
+
+
+class Status:
+    """Writes status.json. Rank 0 calls `begin`; the status of another rank writes nothing.
+
+    `seconds` is the time of all attempts, by the clock of the machine of each; `goodput` is the fraction of it that went into
+    the saved state.
+    """
+
+    def __init__(self, run_dir: Path, began: float) -> None:
+        self.path, self.writing = run_dir / FILE, threading.Lock()
+        self.earlier, self.began = 0.0, time.monotonic() - (time.time() - began)
+        self.facts: dict[str, Any] = {}
+
+    def seconds(self) -> float:
+        """The time of all attempts until now."""
+        return self.earlier + time.monotonic() - self.began
+
+    def begin(self, earlier: float) -> None:
+        """Begin the status of a new attempt; the earlier ones took at least so many seconds. Raises OSError."""
+        known = read_status(self.path.parent)
+        self.earlier = max(earlier, float(known.get("seconds", 0.0)))
+        self.facts = {"attempts": known.get("attempts", 0) + 1} | {name: known[name] for name in REMEMBERED if name in known}
+        self._write(state="running")
+
+    def write(self, state: str = "", **facts: Any) -> None:
+        """Update status.json. A state and facts that are not given stay as they are. Threads may call this at once."""
+        if self.facts:
+            with suppress(OSError):  # a full disk must not end the run
+                self._write(**({"state": state} if state else {}), **facts)
+
+    def _write(self, **facts: Any) -> None:
+        with self.writing:
+            self.facts |= facts | {"seconds": round(self.seconds(), 3)}
+            if self.facts.get("kept_seconds") is not None:
+                self.facts["goodput"] = round(self.facts["kept_seconds"] / self.facts["seconds"], 4)
+            write_atomically(self.path, json.dumps(self.facts, indent=2) + "\n")
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -18,35 +57,3 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         return status if isinstance(status, dict) else {}
     except (OSError, ValueError):
         return {}
-
-
-def write_status(run_dir: Path, state: str = "", **facts: Any) -> None:
-    """Update status.json. A state and facts that are not given stay as they are.
-
-    `seconds` grows by the time since the last update; `goodput` is the fraction of it that went into the saved state.
-    """
-    with suppress(OSError):  # a full disk must not end the run
-        path = run_dir / FILE
-        known = read_status(run_dir)
-        seconds = round(known.get("seconds", 0.0) + max(0.0, time.time() - path.stat().st_mtime), 3)
-        status = known | ({"state": state} if state else {}) | {"seconds": seconds} | facts
-        if seconds and status.get("kept_seconds") is not None:
-            status["goodput"] = round(status["kept_seconds"] / seconds, 4)
-        write_atomically(path, json.dumps(status, indent=2) + "\n")
-
-
-def begin_status(run_dir: Path, seconds: float) -> None:
-    """Write the status of a new attempt; `seconds` is the time that earlier attempts took. Raises OSError."""
-    known = read_status(run_dir)
-    status = {"state": "running", "attempts": known.get("attempts", 0) + 1, "seconds": seconds}
-    remembered = {name: known[name] for name in ("micro_batches",) if name in known}
-    write_atomically(run_dir / FILE, json.dumps(status | remembered))
-
-
-def up_seconds(run_dir: Path) -> float:
-    """The seconds that all attempts of a run took; the last one counts until it last touched its lock."""
-    try:
-        after = (run_dir / "lock").stat().st_mtime - (run_dir / FILE).stat().st_mtime
-        return float(read_status(run_dir).get("seconds", 0.0)) + max(0.0, after)
-    except (OSError, TypeError, ValueError):
-        return 0.0

@@ -15,10 +15,10 @@ from time import perf_counter
 from typing import NoReturn
 
 from distrib.config import Config
-from distrib.errors import HANG
+from distrib.errors import HANG, RunError
 from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.environment import env_rank, env_world_size
-from distrib.runtime.lock import show_life
+from distrib.runtime.lease import Lease
 from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
 from distrib.runtime.stopwatch import PHASES, Stopwatch
 
@@ -34,6 +34,7 @@ class Watchdog:
         self.rank, self.world = env_rank(), env_world_size()
         self.stopwatch, self.over = Stopwatch(), False
         self.channel = ControlChannel(self.rank, {})  # until the ranks are connected
+        self.lease: Lease | None = None  # of rank 0, once it has opened the run folder
         self.thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -58,8 +59,16 @@ class Watchdog:
                 self._end(phase, spent)
             # If a call holds the interpreter lock, this thread cannot run. faulthandler's thread can, and ends the process.
             faulthandler.dump_traceback_later(self.limits[phase] - spent + 2 * GATHER, exit=True, file=2)
-            if self.rank == 0 and phase != "start":  # until then, the lock's time is the end of the previous attempt
-                show_life(self.run_dir)
+            if self.lease:
+                self._renew(self.lease)
+
+    def _renew(self, lease: Lease) -> None:
+        try:
+            lease.renew()
+        except RunError as error:
+            self.channel.last_words = lambda failure: None  # the run folder is another job's now
+            self.channel.fail(Failure.of(error, self.rank))
+            self.channel.end_process()
 
     def _end(self, phase: str, spent: float) -> NoReturn:
         faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # in case the disk hangs too

@@ -1,6 +1,6 @@
 """The objects that a run works with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import nn
 from distrib.config import Config
 from distrib.data.loaders import Loader
 from distrib.reporting.log import Log
-from distrib.runtime.checkpoint import Saver
+from distrib.runtime.saver import Saver
+from distrib.runtime.status import Status
 from distrib.runtime.stop_vote import StopVote
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.training.objective import Objective
@@ -33,7 +34,7 @@ class Run:
     log: Log
     saver: Saver
     stopwatch: Stopwatch
-    write_status: Callable[..., None]  # does nothing on other ranks than 0
+    status: Status
     changed: Mapping[str, tuple[Any, Any]]  # keys that were changed midway: their values before this attempt and now
     replay: Replay = field(default_factory=Replay)
     micro_batches: int = 1  # number of parts that a rank's share of a batch is cut into

@@ -83,6 +83,10 @@ class TrainState:
         averages: dict[str, Tensor] = {} if self.ema is None else self.ema.state_dict()
         return {MODEL: self.network.state_dict(), EMA: averages, TRAINING: memory | sums}
 
+    def size(self) -> int:
+        """The size of all tensors, in bytes."""
+        return sum(tensor.nbytes for tensors in self.files().values() for tensor in tensors.values())
+
     def numbers(self) -> dict[str, Any]:
         """Everything in the state that is not a tensor."""
         numbers = {name: getattr(self, name) for name in NUMBER_TYPES}
