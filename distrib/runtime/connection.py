@@ -8,12 +8,16 @@ import socket
 import threading
 import weakref
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any, ClassVar
+
+import psutil
 
 from distrib.errors import RunError
 
 TIMEOUT = 30.0  # seconds to connect, and to send a message
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 5}  # where the system has them
+ELSEWHERE = "192.0.2.1"  # an address that no machine has (RFC 5737), to find the default route
 TOKEN = 32  # characters of the secret with which a rank connects
 
 
@@ -91,6 +95,24 @@ def accept(listener: socket.socket, token: str, world: int) -> dict[int, Connect
         else:
             connected.close()
     return peers
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface through which this machine reaches `host`, or by which `host`, if it is this machine, is reached.
+
+    A machine's own name is often a loopback address, to which no other machine can connect: then it is the interface of the
+    default route.
+    """
+    for target in (host, ELSEWHERE):
+        with suppress(OSError):
+            family, _, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)  # of a datagram socket: nothing is sent
+                own = probe.getsockname()[0]
+            for name, addresses in psutil.net_if_addrs().items():
+                if not ip_address(own).is_loopback and own in [each.address for each in addresses]:
+                    return name
+    return None
 
 
 def allow_open_files(world: int) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import secrets
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import nn
 
 from distrib.config import Config
 from distrib.errors import RunError, UserError
+from distrib.runtime.connection import interface_to
 from distrib.runtime.control_channel import ControlChannel, open_channel
 from distrib.runtime.environment import (
     env_local_world_size,
@@ -86,6 +88,9 @@ def init_process_group(device: str, config: Config) -> None:
     launchers, rank, world = next(distributed.rendezvous("env://", timeout=limit))
     store = distributed.PrefixStore(agree_on_attempt_name(launchers, rank, world), launchers)
     backend = distributed.get_default_backend_for_device(device)
+    several_machines = env_world_size() > env_local_world_size()
+    if backend == "gloo" and several_machines and (interface := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # gloo would take that of this machine's name
     distributed.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     atexit.register(destroy_process_group)  # programs that use distrib as a library do not call it
 

@@ -5,15 +5,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cluster import SCRIPT as CLUSTER
 from cluster import Cluster, wait_for
-from conftest import ROOT, assert_same, launch, requires, weights
+from conftest import ROOT, SCRIPTS, assert_same, launch, requires, weights
 from test_launch import pictures
 from test_survival import FILES, KEYS
 
@@ -248,6 +251,28 @@ def test_a_mistake_in_a_command_is_told_once_and_never_tried_again(slurm: Cluste
 def submit(slurm: Cluster, *arguments: str | Path, **environment: str) -> tuple[int, str, str]:
     done = slurm.run(sys.executable, "launch/submit.py", *arguments, **environment)
     return done.returncode, done.stdout, done.stderr
+
+
+def test_ranks_find_the_network_that_nodes_share_although_a_nodes_own_name_is_a_loopback_address(
+    slurm: Cluster, root: Path
+) -> None:
+    """As on Debian, whose /etc/hosts calls the machine itself 127.0.1.1. gloo would listen there."""
+    address = re.search(r"(\S+) node1$", Path(slurm.folder, "hosts").read_text(), re.M)
+    assert address
+    ranks = []
+    for rank, node in enumerate(("node1", "node2")):
+        hosts = root / f"hosts_{node}"
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n")
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        variables |= {"MASTER_ADDR": address[1], "MASTER_PORT": 23456}
+        words = " ".join(f"{name}={value}" for name, value in variables.items())
+        command = f"mount --bind {hosts} /etc/hosts && exec env {words} {sys.executable} train.py {' '.join(KEYS)}"
+        command += f" epochs=1 limits.start=120 run_dir={root / 'loopback'}"
+        at = [CLUSTER, "at", slurm.folder, node, "unshare", "--mount", "sh", "-c", command]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen(at, cwd=ROOT, env=slurm.environment | SCRIPTS, **options))
+    outputs = [each.communicate(timeout=600)[0] for each in ranks]
+    assert [each.returncode for each in ranks] == [0, 0], outputs
 
 
 def test_submit_gives_each_rank_its_gpu_and_cpus_and_they_train_as_as_many_local_ranks_do(
