@@ -24,7 +24,7 @@ from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
 from distrib.runtime import attempts, disk, ranks, signals
 from distrib.runtime.checkpoint import checkpoint_at
-from distrib.runtime.environment import with_accelerate_settings
+from distrib.runtime.environment import warn_of_one_rank, with_accelerate_settings
 from distrib.runtime.run_folder import ask_for_requeue, open_run, write_config
 from distrib.runtime.saver import Saver, try_save
 from distrib.runtime.status import Status
@@ -64,6 +64,7 @@ def train(
     """
     began = time.time() if began is None else began
     config, lines = with_accelerate_settings(with_names_of(config, source, network, objective))
+    lines += warn_of_one_rank()
     disk.retries = disk.Retries(limit=config.limits.read)
     with ExitStack() as cleanup:
         cleanup.enter_context(signals.listening())

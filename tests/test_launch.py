@@ -17,6 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from distrib.cli import main
 from distrib.runtime import saver
+from distrib.runtime.environment import env_world_size, refuse_unconnected_processes
 
 ACCELERATE = [
     sys.executable,
@@ -152,6 +153,25 @@ def test_processes_that_would_each_train_alone_are_refused(
     words = told([], capsys)
     assert "4 processes were started, but RANK, " in words
     assert "LOCAL_RANK, MASTER_PORT is not set, so each would train alone: start them with accelerate launch" in words
+    assert words.endswith("; if this is the only process, unset SLURM_STEP_NUM_TASKS\n") == (variable == "SLURM_STEP_NUM_TASKS")
+
+
+def test_in_a_shell_that_srun_gave_a_process_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `srun --pty bash` leaves the environment in an allocation of four tasks."""
+    for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "33357", "SLURM_TASK_PID": str(os.getppid())}.items():
+        monkeypatch.setenv(name, value)
+    assert env_world_size() == 1
+    refuse_unconnected_processes()
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))  # srun itself started this process
+    assert env_world_size() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--num_processes=2", "--num-processes 2"])
+def test_one_rank_where_two_were_asked_for_is_told_with_the_way_to_two(tmp_path: Path, option: str) -> None:
+    done = start([*ACCELERATE, "--cpu", *option.split(), "train.py"], *SMALL, "epochs=0.1", f"run_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "warning: accelerate launch --num_processes 2 has started one rank: add --multi_gpu, on CPUs too\n" in done.stdout
 
 
 def test_help_and_print_config_are_told_and_nothing_is_trained(

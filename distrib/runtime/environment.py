@@ -2,11 +2,14 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from distrib.config import AUTO, Config
 from distrib.errors import UserError
@@ -34,7 +37,13 @@ def env_rank() -> int:
 
 def env_world_size() -> int:
     """The number of ranks; works before `connect`."""
-    return from_environment("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+    of_slurm = [] if in_shell_of_srun() else ["SLURM_STEP_NUM_TASKS"]
+    return from_environment("WORLD_SIZE", *of_slurm, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+
+
+def in_shell_of_srun() -> bool:
+    """Whether this process was started by hand, in the shell that `srun --pty bash` gives, and not by srun itself."""
+    return "SLURM_PTY_PORT" in os.environ and os.environ.get("SLURM_TASK_PID") != str(os.getpid())
 
 
 def env_local_rank() -> int:
@@ -56,7 +65,18 @@ def refuse_unconnected_processes() -> None:
         raise UserError(
             f"{started} processes were started, but {', '.join(missing)} is not set, so each would train alone: "
             "start them with accelerate launch, torchrun or launch/slurm.sbatch, or export these variables"
+            + ("; if this is the only process, unset SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "")
         )
+
+
+def warn_of_one_rank() -> list[str]:
+    """A line if accelerate launch was asked for several processes and started one: on CPUs, it needs --multi_gpu too."""
+    launcher = psutil.Process().parent()
+    words = launcher.cmdline() if launcher and env_world_size() == 1 else []
+    asked = re.search(r" --num[_-]processes[ =](\d+) ", " ".join([*words, ""]))
+    if not asked or asked[1] in "01" or not any("accelerate" in word for word in words[:3]):
+        return []
+    return [f"warning: accelerate launch --num_processes {asked[1]} has started one rank: add --multi_gpu, on CPUs too"]
 
 
 def threads_of_a_rank(local_ranks: int) -> int:
