@@ -7,23 +7,50 @@ limit, the thread writes the stacks of all threads to the run folder, reports wh
 import faulthandler
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distrib.config import Config
 from distrib.errors import HANG, RunError
+from distrib.runtime import ranks
 from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.environment import env_rank, env_world_size
 from distrib.runtime.lease import Lease
-from distrib.runtime.stacks import SHOW_STACKS, add_stacks, blocking_ranks, current_call, stack_report, summary
+from distrib.runtime.stacks import (
+    FOR_DEVICE,
+    FOR_RANKS,
+    FOR_WORKERS,
+    SHOW_STACKS,
+    add_stacks,
+    blocking_ranks,
+    current_call,
+    stack_report,
+    summary,
+)
 from distrib.runtime.stopwatch import PHASES, Stopwatch
 
 PERIOD = 1.0  # seconds between two looks at the clock
 GATHER = 2.0  # seconds that the ranks and their loader workers have to write their stacks
+
+
+def device_is_busy() -> bool:
+    """Whether this rank's GPU has work to do. Then the main thread may wait in any call that launches a kernel.
+
+    If a GPU waits for another rank, its queue fills up, after about a thousand kernels.
+    """
+    cuda: Any = sys.modules["torch"].cuda if "torch" in sys.modules else None
+    if cuda is None or not cuda.is_initialized():
+        return False
+    done: list[bool] = []
+    asking = threading.Thread(target=lambda: done.append(cuda.default_stream(ranks.device()).query()), daemon=True)
+    asking.start()  # a thread of its own, since the driver may not answer
+    asking.join(PERIOD)
+    return done != [True]
 
 
 class Watchdog:
@@ -73,6 +100,8 @@ class Watchdog:
     def _end(self, phase: str, spent: float) -> NoReturn:
         faulthandler.dump_traceback_later(3 * GATHER, exit=True, file=2)  # in case the disk hangs too
         report, place = stack_report(self.run_dir, self.rank), current_call(several=self.world > 1)
+        if place not in (FOR_RANKS, FOR_WORKERS) and device_is_busy():
+            place = FOR_DEVICE
         reports = {self.rank: place}
         with suppress(OSError):
             report.parent.mkdir(parents=True, exist_ok=True)
