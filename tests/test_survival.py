@@ -112,9 +112,9 @@ MATRIX = [
     (launcher, target, number, workers)
     for launcher in LAUNCHED
     for workers in (0, 2)
-    for target in ("launcher", "one rank", "all ranks", "group", "file")
+    for target in ("launcher", "one rank", "all ranks", "group", "all groups", "file")
     for number in (SIGNALS if target != "file" else (0,))
-    if target in ("launcher", "group", "file") or launcher != "python"
+    if target in ("launcher", "group", "file") or launcher != "python"  # with python, these are the same
     if target != "all ranks" or launcher.endswith("2")
 ]
 STOPS = [
@@ -122,6 +122,7 @@ STOPS = [
     ("python", "group", signal.SIGTERM, 2),
     ("accelerate 2", "launcher", signal.SIGTERM, 2),
     ("accelerate 2", "one rank", signal.SIGUSR2, 2),
+    ("accelerate 2", "all groups", signal.SIGTERM, 2),
     ("torchrun 2", "launcher", signal.SIGHUP, 0),
     ("torchrun 2", "all ranks", signal.SIGUSR1, 2),
     ("torchrun 2", "launcher", signal.SIGINT, 2),
@@ -135,14 +136,17 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
 ) -> None:
     """`make stops` has all of them."""
     # With one thread, torch starts none in a loader worker, which could take the signal.
-    keys = [*reading(whole, workers), *(["threads=2"] if target == "group" else [])]
+    keys = [*reading(whole, workers), *(["threads=2"] if "group" in target else [])]
     run = Run(launcher, tmp_path / "run", *keys, **SLOW)
     run.wait_for(r"step 30/")
     asked = time.monotonic()
     if target == "file":
         (run.run_dir / "STOP").write_text("")
-    elif target == "group":  # launchers give their ranks groups of their own; plain python's is that of its loader workers
+    elif target == "group":
         os.killpg(run.process.pid, number)
+    elif target == "all groups":  # launchers give each rank a process group of its own, which it shares with its loader workers
+        for group in {os.getpgid(each.pid) for each in run.ranks()} | {run.process.pid}:
+            os.killpg(group, number)
     else:
         found = run.ranks()
         targets = {"launcher": [psutil.Process(run.process.pid)], "one rank": found[-1:], "all ranks": found}[target]
@@ -157,7 +161,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     assert max((run.run_dir / "checkpoints").iterdir()).name == f"step_{int(said[2]):08d}"
     stopped = {"state": "stopped", "step": int(said[2]), "cause": said[1], "attempts": 1}
     assert status(run.run_dir).items() >= stopped.items()
-    if target not in ("launcher", "group") or launcher == "python":
+    if target in ("one rank", "all ranks", "file") or launcher == "python":
         assert code == 0
     assert not (run.run_dir / "STOP").exists()
 
@@ -165,7 +169,7 @@ def test_a_run_that_is_asked_to_stop_saves_leaves_and_goes_on(
     again = launch(ranks, "train.py", *KEYS, *keys, f"run_dir={run.run_dir}")
     assert again.returncode == 0, again.stderr
     assert f"resumes after step {said[2]}" in again.stdout
-    if target != "group":  # two threads may add in another order
+    if "group" not in target:  # two threads may add in another order
         assert_same(run.run_dir, whole[ranks, workers])
     assert status(run.run_dir)["state"] == "completed"
     print(launcher, target, int(number), workers, {name: [round(each, 1) for each in times] for name, times in TIMES.items()})
@@ -205,7 +209,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
         run = Run("accelerate 2", run_dir, *keys, **slow)
         run.wait_for(r"step [\d,]+/[\d,]+  train")
         due = time.monotonic() + delay
-        while time.monotonic() < due if not in_a_save else not list(run_dir.glob("checkpoints/*.partial")):
+        while time.monotonic() < due if not in_a_save else not list(run_dir.glob("checkpoints/step_*.partial")):
             assert run.process.poll() is None, run.said()
         ranks = run.ranks()
         for each in {"launcher": [run.process], "rank 0": ranks[:1], "rank 1": ranks[1:], "all ranks": ranks}[who]:
