@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from distrib.config import Config, DataConfig
 from distrib.data.datasets import load_source
-from distrib.data.files import decode, random_box, resize
 from distrib.data.loaders import Loader
+from distrib.data.pixels import ImageSpec, decode, resize
 from distrib.data.source import Source
 from distrib.data.steps import Steps
 from distrib.data.workers import Workers
@@ -102,11 +102,11 @@ def timed(side: Callable[[int], Iterator[Any]], workers: int) -> tuple[float, fl
 
 def difference(paths: list[Path]) -> str:
     """How far our pixels are from the reference's, in levels of 256, in the crops that we would draw."""
-    apart = []
+    apart, spec = [], ImageSpec(SIZE, SIZE)
     for path, drawn in zip(paths, torch.rand(len(paths), 4).tolist(), strict=True):
         with Image.open(path) as image:
-            left, top, right, bottom = box = random_box(*image.size, LEAST_AREA, drawn)
-            pixels = resize(decode(image, box, SIZE), SIZE)
+            left, top, right, bottom = box = spec.random(*image.size, LEAST_AREA, drawn)
+            pixels = resize(decode(image, box, spec), spec)
         with Image.open(path) as image:
             expected = functional.resized_crop(image.convert("RGB"), top, left, bottom - top, right - left, [SIZE, SIZE])
         apart.append((pixels.int() - functional.pil_to_tensor(expected).int()).abs().double().mean().item())

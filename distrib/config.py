@@ -2,18 +2,19 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from distrib.errors import UserError
+from distrib.schema import AUTO, Checked, key
 
-T = TypeVar("T")
+__all__ = ["AUTO"]
 
-AUTO = "auto"
 OWN = "own:"  # prefix of the name of an object that was passed to train()
 
 IN_MEMORY = "data.name=digits|mnist|fashion_mnist|cifar10|cifar100|own"
-FROM_DISK = "data.name=mnist|fashion_mnist|cifar10|cifar100|folder"
-IMAGE_FILES = "data.name=folder|own"
+FROM_DISK = "data.name=mnist|fashion_mnist|cifar10|cifar100|folder|csv"
+IMAGE_FILES = "data.name=folder|csv|own"
+LISTED = "data.name=folder|csv"
 OWN_NETWORKS = "model.name=cnn|airbench"
 
 # Keys that had another name in run folders of format 1.
@@ -26,52 +27,15 @@ RENAMED = {
 }
 
 
-def key(
-    default: T,
-    meaning: str,
-    within: str = "",
-    *,
-    free: bool = False,
-    midway: bool = False,
-    only: str = "",
-    path: bool = False,
-) -> T:
-    """A key of the config.
-
-    `within` is an interval such as "[0, 1)". A `free` key does not change what is learned: a run may resume with another value.
-    A `midway` key may be changed on the command line of a run under way, which is recorded. `only` is the condition under which
-    the key applies, such as "data.name=folder|own", where own stands for an object that was passed to train(). A `path` may
-    start with ~.
-    """
-    return field(
-        default=default,
-        metadata={"meaning": meaning, "within": within, "free": free, "midway": midway, "only": only, "path": path},
-    )
-
-
-class Checked:
-    """Raises UserError if a value is outside the interval of its key."""
-
-    def __post_init__(self) -> None:
-        for each in fields(cast(Any, self)):
-            value, within = getattr(self, each.name), each.metadata.get("within")
-            if within and value != AUTO and not (isinstance(value, int | float) and lies_within(value, within)):
-                section = type(self).__name__.removesuffix("Config").lower()
-                name = f"{section}.{each.name}" if section else each.name
-                raise UserError(f"{name} is {value}, not in {within}: {each.metadata['meaning']}")
-
-
-def lies_within(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
-
-
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    name: str = key("digits", "data set: digits, mnist, fashion_mnist, cifar10, cifar100, or folder (image files)")
+    name: str = key(
+        "digits", "data set: digits, mnist, fashion_mnist, cifar10, cifar100, folder (image files), or csv (a table)"
+    )
     root: str = key(
         "data",
-        "folder of the data sets, where missing ones are downloaded to; for data.name=folder: the parent of train/ and val/",
+        "folder of the data sets, where missing ones are downloaded to; for folder: that of train/ and val/, or of classes; "
+        "for csv: the table, with the columns path, label and maybe split",
         free=True,
         only=FROM_DISK,
         path=True,
@@ -87,13 +51,38 @@ class DataConfig(Checked):
         "auto", "where images in memory are kept; auto: on the device if they fit in a quarter of its free memory",
         free=True, only=IN_MEMORY,
     )  # fmt: skip
-    size: int = key(224, "height and width of resized images, in pixels", "[1, inf)", only="data.name=folder")
+    size: int | str = key(224, "height and width of resized images, in pixels: a number, or HxW", only=LISTED)
+    fit: Literal["crop", "pad", "stretch"] = key(
+        "crop", "what becomes of an image of another shape: a part of it is shown, or all of it, with a margin or stretched",
+        only=LISTED,
+    )  # fmt: skip
+    white: float = key(
+        0.0, "value of white in grey images of more than 8 bits; 0: 65535 in those of 16 bits, 1 in floats", "[0, inf)",
+        only=LISTED,
+    )  # fmt: skip
+    max_pixels: int = key(10**9, "largest number of pixels of an image", "[1, inf)", free=True, only=LISTED)
+    holdout: float = key(
+        0.2, "fraction of the images that is held out, by their paths, if there are no validation images", "(0, 1)",
+        only=LISTED,
+    )  # fmt: skip
     crop_area: float = key(0.25, "smallest fraction of an image that a random training crop shows", "(0, 1]", only=IMAGE_FILES)
     translate: int = key(1, "largest random shift of a training image, in pixels, vertically and horizontally", "[0, inf)")
     flip: Literal["none", "random", "alternating"] = key(
         "none", "swap left and right in half of the training images of an epoch; alternating: of each in every second epoch"
     )
     cutout: int = key(0, "side of the square that is blanked with the mean color (Cutout), in pixels; 0: none", "[0, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.height_and_width()
+
+    def height_and_width(self) -> tuple[int, int]:
+        """The size of resized images. Raises UserError if it is no size."""
+        height, cross, width = str(self.size).lower().partition("x")
+        sides = (height, width) if cross else (height, height)
+        if not all(side.isdecimal() and int(side) for side in sides):
+            raise UserError(f"data.size is {self.size}: give a number of pixels, or HxW, such as 64x96")
+        return int(sides[0]), int(sides[1])
 
 
 @dataclass(frozen=True)
@@ -278,8 +267,8 @@ def changed_midway(there: dict[str, Any], now: Config) -> dict[str, tuple[Any, A
 
 def type_in_words(kind: Any) -> str:
     """The type of a key, as --help shows it."""
-    choices = "|".join(getattr(choice, "__name__", str(choice)) for choice in get_args(kind))
-    return choices or {bool: "true|false", str: "text"}.get(kind) or cast(str, kind.__name__)
+    words = {bool: "true|false", str: "text", int | str: "a number or text"}
+    return words.get(kind) or "|".join(map(str, get_args(kind))) or cast(str, kind.__name__)
 
 
 def refuse_uneven(batch_size: int, ranks: int) -> None:

@@ -79,7 +79,7 @@ def train(
         state, run, setup = prepare(identity, network, workers, watchdog.stopwatch, vote, status, cleanup)
         with open_run(config, channel, status) as watchdog.lease:
             warnings = [*(watchdog.lease.warnings if watchdog.lease else []), *resume(state, run, identity)]
-            lines += [f"warning: {each}" for each in warnings]
+            lines += [*(f"data: {each}" for each in data.notes), *(f"warning: {each}" for each in warnings)]
             stopped_by = attempt(state, run, data, [*lines, *setup])
             run.status.write(
                 "stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers(), run.objective.main)

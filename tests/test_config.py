@@ -119,7 +119,7 @@ def test_a_file_whose_path_has_an_equals_sign_is_a_file(tmp_path: Path, monkeypa
         ),
         (
             ["data.name=cifar10", "data.size=32"],
-            "data.size would be ignored: data.size applies to data.name=folder only, and data.name is cifar10",
+            "data.size would be ignored: data.size applies to data.name=folder|csv only, and data.name is cifar10",
         ),
         (["data.size=224"], "data.size would be ignored"),  # given, though it is the default
         (["data.root=x"], "data.root would be ignored"),
@@ -218,7 +218,7 @@ def test_help_has_every_key_under_its_section_and_is_no_wider_than_a_terminal(mo
     text = " ".join(help_of_keys().split())
     assert "batch_size images per optimizer step, over all ranks together (default 128; in [1, inf))." in text
     assert "schedule how the learning rate falls from its peak to 0 at the end (default cosine; cosine|linear)." in text
-    assert "(default 224; in [1, inf)). Only with data.name=folder." in text
+    assert "(default 224; a number or text). Only with data.name=folder|csv." in text
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distrib.data.files import Reader, center_box, decode, random_box, resize
+from distrib.data.files import Reader
+from distrib.data.pixels import ImageSpec, decode, resize
 from distrib.data.source import Files
 from distrib.data.steps import Share
 from distrib.data.workers import Stream, Workers
@@ -22,12 +23,15 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 def picture(path: Path, mode: str = "RGB", **options: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(PIXELS)
-    (image.convert("L").convert(mode) if mode.startswith("I") else image.convert(mode)).save(path, **options)
+    if mode == "I;16":
+        Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257).save(path)
+    else:
+        image.convert(mode).save(path, **options)
     return str(path)
 
 
 def reader(paths: list[str], crop_area: float | None = None, size: int = 32) -> Reader:
-    return Reader(Files(paths, torch.arange(len(paths)), size), seed=3, crop_area=crop_area)
+    return Reader(Files(paths, torch.arange(len(paths)), ImageSpec(size, size)), seed=3, crop_area=crop_area)
 
 
 def read(
@@ -38,7 +42,7 @@ def read(
 
 
 def images_of(opened: Reader, epoch: int, numbers: list[int]) -> torch.Tensor:
-    images = torch.empty(len(numbers), 3, opened.files.size, opened.files.size, dtype=torch.uint8)
+    images = torch.empty(len(numbers), 3, opened.files.spec.height, opened.files.spec.width, dtype=torch.uint8)
     opened.read(epoch, numbers, images)
     return images
 
@@ -100,7 +104,7 @@ four = st.lists(st.floats(0, 1, exclude_max=True), min_size=4, max_size=4)
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), least=st.floats(0.01, 1), drawn=four)
 def test_a_random_crop_lies_within_the_picture(width: int, height: int, least: float, drawn: list[float]) -> None:
-    left, top, right, bottom = random_box(width, height, least, drawn)
+    left, top, right, bottom = ImageSpec(32, 32).random(width, height, least, drawn)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     across, down, area = right - left, bottom - top, width * height * (least + (1 - least) * drawn[0])
@@ -117,9 +121,9 @@ def test_a_large_jpeg_is_decoded_at_less_only_where_the_crop_keeps_its_pixels(
 ) -> None:
     file = io.BytesIO()
     Image.new("RGB", (width, height), (200, 100, 50)).save(file, "JPEG")
-    left, top, right, bottom = box = random_box(width, height, 0.08, drawn)
+    left, top, right, bottom = box = ImageSpec(32, 32).random(width, height, 0.08, drawn)
     with Image.open(file) as image:
-        part = decode(image, box, 32)
+        part = decode(image, box, ImageSpec(32, 32))
     for kept, side in zip(part.shape, (bottom - top, right - left), strict=False):
         assert kept >= min(side, 2 * 32)
     assert min(bottom - top, right - left) < 132 or len(part) < bottom - top
@@ -132,16 +136,16 @@ def test_what_is_read_looks_as_pillow_would_show_it(tmp_path: Path, width: int, 
     rows, columns = torch.meshgrid(torch.linspace(0, 3, width * 3 // 4), torch.linspace(0, 4, width), indexing="ij")
     waves = torch.stack([rows.sin() * columns.cos(), (rows + columns).sin(), (rows * 0.7).cos()], -1)
     Image.fromarray((127 + 120 * waves).byte().numpy()).save(tmp_path / "a.jpg", quality=95)
-    box = random_box(width, width * 3 // 4, 0.25, [0.5, 0.3, 0.2, 0.9])
+    box = ImageSpec(64, 64).random(width, width * 3 // 4, 0.25, [0.5, 0.3, 0.2, 0.9])
     with Image.open(tmp_path / "a.jpg") as image:
-        pixels = resize(decode(image, box, 64), 64)
+        pixels = resize(decode(image, box, ImageSpec(64, 64)), ImageSpec(64, 64))
     with Image.open(tmp_path / "a.jpg") as image:
         shown = np.array(image.resize((64, 64), Image.Resampling.BILINEAR, box))
     assert (pixels.permute(1, 2, 0).float() - torch.from_numpy(shown).float()).abs().mean() < within
 
 
 def test_the_middle_is_centred_and_square() -> None:
-    assert center_box(800, 400) == (225, 25, 575, 375)
+    assert ImageSpec(32, 32).center(800, 400) == (225, 25, 575, 375)
 
 
 def test_a_crop_follows_the_image_the_epoch_and_the_seed_and_not_the_batch(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["epochs=-1"], "epochs is -1.0, not in (0, inf)"),
         (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["data.name=digit"], "there is no data set 'digit': use one of digits, mnist, "),
-        (["data.name=folder", "data.root=/nowhere"], "data.root=/nowhere has no image files in train/CLASS/: "),
+        (["data.name=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
         (["model.name=resnet19"], "there is no model 'resnet19': use cnn or airbench, or one of torchvision: "),
         (["model.weights=/nowhere.pth"], "model.weights=/nowhere.pth cannot be read"),
         (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),

@@ -18,6 +18,7 @@ ROOMS = [  # from the top down: each imports only from those below it
     ["distrib/runtime"],
     ["distrib/registry.py", "distrib/command_line.py"],
     ["distrib/config.py"],
+    ["distrib/schema.py"],
     ["distrib/errors.py"],
 ]
 WITHIN = {  # the same inside a room
@@ -29,7 +30,13 @@ WITHIN = {  # the same inside a room
         ["records", "objective", "groups", "muon"],
         ["meters"],
     ],
-    "distrib/data": [["loaders", "sharing"], ["workers"], ["files", "augment", "datasets"], ["source", "steps"]],
+    "distrib/data": [
+        ["loaders", "sharing"],
+        ["workers"],
+        ["files", "augment", "datasets"],
+        ["source", "steps", "listing"],
+        ["pixels"],
+    ],
     "distrib/models": [["build"], ["weights", "cnn", "airbench"], ["layers"]],
     "distrib/reporting": [["log", "runs"]],
     "distrib/runtime": [
@@ -61,10 +68,11 @@ DOORS = {
     "tensorboard": set(),
     "tqdm": {"distrib/reporting/log.py"},
     "torchvision": {"distrib/data/datasets.py", "distrib/models/build.py", "distrib/models/weights.py"},
-    "PIL": {"distrib/data/files.py"},
+    "PIL": {"distrib/data/pixels.py"},
 }
 NO_TORCH = [  # what is imported before a mistake in the command line is answered
-    "cli", "command_line", "config", "errors", "registry", "__init__", "data/__init__", "models/__init__", "training/__init__",
+    "cli", "command_line", "config", "schema", "errors", "registry",
+    "__init__", "data/__init__", "models/__init__", "training/__init__",
     "reporting/runs", "runtime/__init__", "runtime/exits", "runtime/signals", "runtime/stacks", "runtime/environment",
     "runtime/status", "runtime/disk",
 ]  # fmt: skip
@@ -145,7 +153,7 @@ def test_the_whole_can_be_read_in_an_afternoon() -> None:
         assert (ROOT / file).read_text().count("\n") <= 300, file
     assert sorted(lengths)[len(lengths) * 9 // 10] <= 18
     lines = sum((ROOT / file).read_text().count("\n") for file in PACKAGE if not file.startswith("distrib/scale/"))
-    assert lines <= 6_500, lines
+    assert lines <= 7_500, lines
 
 
 def test_the_loop_waits_for_nothing_and_calls_back_nobody() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from distrib.command_line import read_config
 from distrib.config import Config, OptimConfig
-from distrib.errors import DiskError, LostRankError, RunError, UserError
+from distrib.errors import LOST_RANK, DiskError, LostRankError, RunError, UserError
 from distrib.runtime import status as status_module
-from distrib.runtime.control_channel import ControlChannel
+from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.lease import Lease
-from distrib.runtime.run_folder import ask_for_requeue, open_run, refuse_another_config, write_config
+from distrib.runtime.run_folder import ask_for_requeue, open_run, refuse_another_config, write_config, write_failure
 from distrib.runtime.status import Status, read_status
 
 
@@ -108,6 +108,16 @@ def test_threads_may_write_the_status_at_once(tmp_path: Path) -> None:
 def test_a_rank_that_has_not_begun_the_status_does_not_write_it(tmp_path: Path) -> None:
     Status(tmp_path, time.time()).write("failed")
     assert read_status(tmp_path) == {}
+
+
+def test_another_rank_writes_the_failure_of_a_run_whose_rank_0_has_exited(tmp_path: Path) -> None:
+    with opened(Config(run_dir=str(tmp_path)), 100):
+        pass
+    status = Status(tmp_path, time.time())
+    write_failure(status, Failure("rank 0 has exited", LOST_RANK, [0], {"rank": 0}))
+    found = read_status(tmp_path)
+    assert found.items() >= {"state": "failed", "attempts": 1, "rank": 0, "exit_code": 3}.items()
+    assert 100 <= found["seconds"] < 200
 
 
 def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_gradients_that_a_hook_rounds_are_half_as_large() -> None:
 
 
 def test_every_data_set_is_known_without_being_loaded() -> None:
-    assert {*SETS, "folder"} == SOURCES.keys()
+    assert {*SETS, "folder", "csv"} == SOURCES.keys()
     digits = load_source(DataConfig(), download=False)
     assert data_of(DataConfig()) == (digits.shape, len(digits.classes), len(digits.train))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distrib.config import DataConfig
 from distrib.data.datasets import load_source
+from distrib.data.pixels import ImageSpec
 from distrib.data.source import Arrays, Files, Source, data_differences
 from distrib.errors import UserError
 
@@ -233,6 +234,6 @@ def test_names_that_are_no_text_are_told_apart(pictures: Path) -> None:
 
 
 def test_messages_name_an_image_by_its_path_or_its_number() -> None:
-    files = Files(np.array([b"/photos/a b.jpg", b"/photos/\xff.jpg"]), torch.tensor([0, 1]), 8)
+    files = Files(np.array([b"/photos/a b.jpg", b"/photos/\xff.jpg"]), torch.tensor([0, 1]), ImageSpec(8, 8))
     assert [files.name_of(0), os.fsencode(files.name_of(1))] == ["/photos/a b.jpg", b"/photos/\xff.jpg"]
     assert Arrays(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.zeros(9)).name_of(7) == "7"

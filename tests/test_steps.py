@@ -17,6 +17,7 @@ from torch import Tensor
 from distrib.config import DataConfig
 from distrib.data.augment import Augment
 from distrib.data.files import Reader
+from distrib.data.pixels import ImageSpec
 from distrib.data.source import Files
 from distrib.data.steps import AUGMENT, CROP, DROPOUT, FLIP, ORDER, Share, Steps, fold, hashes, noise, order, val_shares
 from distrib.errors import UserError
@@ -164,6 +165,6 @@ def test_the_order_and_the_noise_are_pinned(monkeypatch: pytest.MonkeyPatch) -> 
 
     crops: list[Sequence[float]] = []
     monkeypatch.setattr(Reader, "_read", lambda self, path, drawn: crops.append(drawn) or torch.zeros(3, 1, 1))
-    reader = Reader(Files(np.array([b"a.png"] * 1000), torch.zeros(1000), 1), seed=3, crop_area=0.25)
+    reader = Reader(Files(np.array([b"a.png"] * 1000), torch.zeros(1000), ImageSpec(1, 1)), seed=3, crop_area=0.25)
     reader.read(2, [*range(1000)], torch.empty(1000, 3, 1, 1))
     assert digest(torch.tensor(crops)) == STREAMS[CROP][2]

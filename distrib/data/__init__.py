@@ -7,4 +7,5 @@ SOURCES = {  # name: the function that loads it, as module:function
     "cifar10": "distrib.data.datasets:cifar10",
     "cifar100": "distrib.data.datasets:cifar100",
     "folder": "distrib.data.datasets:folder",
+    "csv": "distrib.data.datasets:table",
 }

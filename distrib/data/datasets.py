@@ -3,7 +3,7 @@
 import gzip
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +17,8 @@ from torchvision import datasets
 
 from distrib.config import DataConfig
 from distrib.data import SOURCES
+from distrib.data.listing import Listing, list_folder, list_table
+from distrib.data.pixels import ImageSpec
 from distrib.data.source import Arrays, Files, Source
 from distrib.errors import UserError
 from distrib.registry import lookup, refuse_unknown
@@ -99,28 +101,39 @@ def read_debian(prefix: Literal["train", "t10k"]) -> Arrays:
 
 
 def folder(config: DataConfig, download: bool) -> Source:
-    """Image files in train/CLASS/ and val/CLASS/, normalised with the mean and std of ImageNet."""
-    splits = {}
-    for split in ("train", "val"):
-        try:
-            splits[split] = try_again(partial(datasets.ImageFolder, Path(config.root, split)))
-        except OSError as error:
-            if is_temporary(error):
-                raise cannot_be_read(Path(config.root, split), error) from None
-            why = str(error).splitlines()[0]
-            raise UserError(f"data.root={config.root} has no image files in {split}/CLASS/: {why}") from None
-    train, val = splits["train"], splits["val"]
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"the classes of {train.root} and {val.root} differ: {', '.join(odd[:5])} only in one of them")
-    sets = [Files(paths_of(each.samples), torch.tensor(each.targets), config.size, str(each.root)) for each in (train, val)]
+    """Image files in train/CLASS/ and val/CLASS/, or in CLASS/, normalised with the mean and std of ImageNet."""
+    return of_files(list_folder, config)
+
+
+def table(config: DataConfig, download: bool) -> Source:
+    """Image files that a table (CSV) lists: path, label and maybe split."""
+    return of_files(list_table, config)
+
+
+def of_files(list_images: Callable[..., Listing], config: DataConfig) -> Source:
+    root, given = Path(config.root), config.holdout != DataConfig.holdout
+    try:
+        listing = try_again(lambda: list_images(root, config.holdout, given=given))
+    except OSError as error:
+        if is_temporary(error):
+            raise cannot_be_read(root, error) from None
+        raise UserError(f"data.root={root} cannot be read: {error.strerror} ({error.filename})") from None
+    classes = listing.classes()
+    numbers = {name: number for number, name in enumerate(classes)}
+    height, width = config.height_and_width()
+    spec = ImageSpec(height, width, config.fit, config.white, config.max_pixels)
+
+    def files(images: list[tuple[str, str]], base: str) -> Files:
+        return Files(paths_of([path for path, _ in images]), torch.tensor([numbers[name] for _, name in images]), spec, base)
+
+    train, val = files(listing.train, str(listing.bases[0])), files(listing.val, str(listing.bases[1]))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Source(sets[0], sets[1], tuple(train.classes), (3, config.size, config.size), mean, std)
+    return Source(train, val, tuple(classes), (3, height, width), mean, std, notes=tuple(listing.notes))
 
 
-def paths_of(samples: Sequence[tuple[str, int]]) -> np.ndarray[Any, Any]:
+def paths_of(paths: list[str]) -> np.ndarray[Any, Any]:
     """Paths as an array: millions of Python strings would be copied into each worker that touches them."""
-    return np.array([os.fsencode(path) for path, _ in samples])
+    return np.array([os.fsencode(path) for path in paths])
 
 
 mnist = partial(of_torchvision, datasets.MNIST, (0.1307,), (0.3081,))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distrib.data.pixels import ImageSpec
 from distrib.errors import UserError, one_line
 from distrib.runtime.disk import cannot_be_read, try_again
 
@@ -42,23 +43,25 @@ class Arrays:
 
 
 def size_of(path: bytes) -> int:
-    """The size of a file in bytes. Raises DiskError, or OSError."""
+    """The size of a file in bytes. Raises UserError if it does not exist, and DiskError."""
     try:
         return try_again(lambda: os.path.getsize(path))
+    except FileNotFoundError:
+        raise UserError(f"{os.fsdecode(path)} does not exist") from None
     except OSError as error:
         raise cannot_be_read(os.fsdecode(path), error) from None
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, to be read as squares of `size` pixels. Paths are an array of bytes; targets are those of `Arrays`.
+    """Image files, to be read as `spec` says. Paths are an array of bytes; targets are those of `Arrays`.
 
     The fingerprint uses paths relative to `root`, so the folder may move.
     """
 
     paths: np.ndarray[Any, Any]
     targets: Tensor
-    size: int
+    spec: ImageSpec
     root: str = ""
 
     def __len__(self) -> int:
@@ -89,6 +92,7 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str = "source"
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @classmethod
     def from_arrays(

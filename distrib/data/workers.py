@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distrib.config import AUTO, Config, applies
 from distrib.data.files import Reader
+from distrib.data.pixels import ImageSpec
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
 from distrib.errors import RunError, UserError, one_line
@@ -133,7 +134,7 @@ def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemor
         try:
             reader = load(request.reader)
             reader.read(
-                request.epoch, request.images, images_in(slots.view(request.slot), len(request.images), reader.files.size)
+                request.epoch, request.images, images_in(slots.view(request.slot), len(request.images), reader.files.spec)
             )
         except (UserError, RunError) as met:
             error = met
@@ -143,10 +144,10 @@ def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemor
         replies.send((request.reading, error))
 
 
-def images_in(memory: memoryview, number: int, size: int) -> Tensor:
-    """The first `number` images in shared memory: (number, 3, size, size) uint8, channels last."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=number * size * size * 3)
-    return flat.view(number, size, size, 3).permute(0, 3, 1, 2)
+def images_in(memory: memoryview, number: int, spec: ImageSpec) -> Tensor:
+    """The first `number` images in shared memory: (number, 3, height, width) uint8, channels last."""
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=number * spec.height * spec.width * 3)
+    return flat.view(number, spec.height, spec.width, 3).permute(0, 3, 1, 2)
 
 
 class Workers:
@@ -241,20 +242,20 @@ class Stream:
 
     def _request(self, reading: int, share: Share, turn: int) -> list[Tensor]:
         """Request a share from the workers; returns the memory that it will be in, in chunks."""
-        chunks, size = share.images.tensor_split(min(len(self.workers.workers), len(share.images))), self.reader.files.size
+        chunks, spec = share.images.tensor_split(min(len(self.workers.workers), len(share.images))), self.reader.files.spec
         memory = []
         for worker, chunk in zip(self.workers.workers, chunks, strict=False):
-            slot, needed = self.slots.get((worker.number, turn)), len(chunk) * size * size * 3
+            slot, needed = self.slots.get((worker.number, turn)), len(chunk) * spec.height * spec.width * 3
             if slot is None or slot.size < needed:
                 slot = self.slots[worker.number, turn] = worker.slots.allocate(needed)
             # As a list: it takes 0.3 ms to a worker. A tensor takes 1.6 ms, since it gets a shared memory file.
             worker.requests.send(Request(reading, self.places, slot, share.epoch, chunk.tolist()))
-            memory.append(images_in(worker.slots.view(slot), len(chunk), size))
+            memory.append(images_in(worker.slots.view(slot), len(chunk), spec))
         return memory
 
     def _room(self, images: int) -> Tensor:
-        size = self.reader.files.size
-        return torch.empty(images, size, size, 3, dtype=torch.uint8, pin_memory=self.pinned).permute(0, 3, 1, 2)
+        spec = self.reader.files.spec
+        return torch.empty(images, spec.height, spec.width, 3, dtype=torch.uint8, pin_memory=self.pinned).permute(0, 3, 1, 2)
 
 
 def start_workers(config: Config, source: Source | None) -> Workers:

@@ -65,7 +65,12 @@ def cannot_be_written(run_dir: str | Path, error: OSError) -> UserError | DiskEr
 
 
 def write_failure(status: Status, failure: Failure) -> None:
-    """Write a failure into the status of the run; ask for a requeue if the same command may succeed."""
+    """Write a failure into the status of the run; ask for a requeue if the same command may succeed.
+
+    Rank 0 calls this, or, if it has exited, another rank.
+    """
+    if not status.facts:
+        status.take_over()
     status.write("failed", exit_code=failure.code, **{"cause": failure.text} | failure.facts)
     if failure.code in MAY_PASS:
         with suppress(OSError):

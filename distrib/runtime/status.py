@@ -36,6 +36,11 @@ class Status:
         self.facts = {"attempts": known.get("attempts", 0) + 1} | {name: known[name] for name in REMEMBERED if name in known}
         self._write(state="running")
 
+    def take_over(self) -> None:
+        """Continue the status of rank 0, which has exited, on another rank."""
+        self.facts = read_status(self.path.parent)
+        self.earlier, self.began = float(self.facts.get("seconds", 0.0)), time.monotonic()
+
     def write(self, state: str = "", **facts: Any) -> None:
         """Update status.json. A state and facts that are not given stay as they are. Threads may call this at once."""
         if self.facts:

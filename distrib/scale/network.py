@@ -37,8 +37,9 @@ SETS = {
 
 
 def data_of(config: DataConfig) -> Data:
-    """A data set by its name; a folder counts as ImageNet. Raises UserError if the name is unknown."""
-    sets = SETS | {"folder": Data((3, config.size, config.size), 1_000, 1_281_167)}
+    """A data set by its name; image files count as ImageNet. Raises UserError if the name is unknown."""
+    imagenet = Data((3, *config.height_and_width()), 1_000, 1_281_167)
+    sets = SETS | {"folder": imagenet, "csv": imagenet}
     if config.name not in sets:
         raise UserError(f"there is no data set {config.name!r}: use one of {', '.join(sets)}")
     return sets[config.name]

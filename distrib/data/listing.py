@@ -1,0 +1,207 @@
+"""The image files of a data set, and the class of each: folders as people have them, and tables.
+
+Names are compared in Unicode's composed form (NFC): macOS writes another one than Linux.
+"""
+
+import csv
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
+
+from distrib.data.pixels import SUFFIXES, is_image
+from distrib.errors import UserError, one_line
+
+VAL = ("val", "valid", "validation", "test")  # names of the validation images; the first one that exists is used
+SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "#recycle"}
+# Names of a table's columns.
+PATHS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "name"}
+LABELS = {"label", "class", "target", "category", "classname", "class_name", "y"}
+SPLITS = {"split", "subset", "set", "partition", "fold"}
+
+
+@dataclass
+class Listing:
+    """Paths and classes of the training and validation images, and lines for the user."""
+
+    root: Path
+    bases: tuple[Path, Path]  # the folders of the training and the validation images
+    train: list[tuple[str, str]] = field(default_factory=list)
+    val: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def classes(self) -> list[str]:
+        """The classes, in order: by number if all are numbers, else by name.
+
+        Raises UserError if there are fewer than two, or if one has no training images.
+        """
+        known, seen = {name for _, name in self.train}, {name for _, name in self.val}
+        if seen - known:
+            only = words(sorted(seen - known))
+            raise UserError(f"data.root={self.root}: the class {only} has validation images, but no training images")
+        if len(known) < 2:
+            found = f"one class only, {words(sorted(known))}" if known else "no images in class folders"
+            raise UserError(f"data.root={self.root} has {found}: it needs a folder for each class; is it a folder too deep?")
+        if not self.val:
+            raise UserError(
+                f"data.root={self.root}: data.holdout holds out none of {len(self.train):,} images: give a larger one"
+            )
+        if known - seen:
+            self.notes.append(f"no validation images of the class {words(sorted(known - seen))}")
+        return sorted(known, key=lambda name: (0, int(name), name) if all(map(str.isdecimal, known)) else (1, 0, name))
+
+
+def list_folder(root: Path, holdout: float, *, given: bool) -> Listing:
+    """The images in a folder: train/CLASS/ and val/CLASS/, or CLASS/, of which a fraction `holdout` is held out.
+
+    `given`: the user asked for `holdout`. Raises UserError, and OSError if a folder cannot be read.
+    """
+    if not root.is_dir():
+        raise UserError(f"data.root={root} is not a folder")
+    splits = {normalize("NFC", each.name).lower(): Path(each.path) for each in os.scandir(root) if each.is_dir()}
+    vals = [name for name in VAL if name in splits]
+    if "train" not in splits and vals:
+        raise UserError(f"data.root={root} has {splits[vals[0]].name}/, but no train/")
+    train = splits.get("train", root)
+    listing, left_out = Listing(root, (train, splits[vals[0]] if vals else train)), Counter[str]()
+    listing.train = list_classes(train, listing, left_out)
+    if vals:
+        listing.val = list_classes(splits[vals[0]], listing, left_out)
+        if vals[1:]:
+            listing.notes.append(f"validation uses {vals[0]}/; {words(vals[1:])}/ is not used")
+    hold_out(listing, holdout, given=given)
+    if left_out:
+        listing.notes.append(f"left out: {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}")
+    return listing
+
+
+def list_classes(split: Path, listing: Listing, left_out: Counter[str]) -> list[tuple[str, str]]:
+    """The images in the class folders of a split, in order: each one's path and class."""
+    found, empty = list[tuple[str, str]](), list[str]()
+    for each in sorted(os.scandir(split), key=lambda each: normalize("NFC", each.name)):
+        if kind := kind_of_junk(each.name):
+            left_out[kind] += 1
+        elif not each.is_dir():
+            left_out["files outside of class folders"] += 1
+        else:
+            name = normalize("NFC", each.name)
+            images = [(path, name) for path in images_in(each.path, left_out)]
+            found += images
+            empty += [] if images else [name]
+    if empty:
+        listing.notes.append(f"{split.name}/: no images in {words(empty)}, left out")
+    return found
+
+
+def images_in(folder: str, left_out: Counter[str]) -> list[str]:
+    """The image files in a folder and its subfolders, in order; counts the others by kind."""
+    found, visited = list[tuple[str, str]](), set[tuple[int, int]]()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        where = os.stat(parent)
+        if (where.st_dev, where.st_ino) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add((where.st_dev, where.st_ino))
+        for name in [name for name in folders if kind_of_junk(name)]:
+            left_out[kind_of_junk(name)] += sum(len(files) for _, _, files in os.walk(os.path.join(parent, name)))
+            folders.remove(name)
+        for name in names:
+            path, suffix = os.path.join(parent, name), os.path.splitext(name)[1].lower()
+            kind = kind_of_junk(name)
+            if not kind and suffix not in SUFFIXES and not is_image(path):
+                kind = f"{suffix} files" if suffix else "files that are no images"
+            if kind:
+                left_out[kind] += 1
+            else:
+                found.append((parent, name))
+    return [os.path.join(*each) for each in sorted(found)]
+
+
+def fail(error: OSError) -> None:
+    raise error
+
+
+def kind_of_junk(name: str) -> str:
+    """Why a name is never that of an image or a class; empty if it may be."""
+    return "hidden files" if name.startswith(".") else "files of the system" if name.lower() in SYSTEM else ""
+
+
+def hold_out(listing: Listing, holdout: float, *, given: bool) -> None:
+    """If there are no validation images, move a fraction `holdout` of the training images there. Raises UserError.
+
+    Whether an image is held out depends on its path only, so another image moves none. A class keeps one to train on.
+    """
+    if listing.val:
+        if given:
+            raise UserError(f"data.holdout would be ignored: {listing.root} has validation images; omit it")
+        return
+    places = {path: place(path, listing.bases[0]) for path, _ in listing.train}
+    last = {name: path for path, name in sorted(listing.train, key=lambda each: places[each[0]])}  # of each class
+    held = [places[path] < holdout and last[name] != path for path, name in listing.train]
+    listing.val = [each for each, out in zip(listing.train, held, strict=True) if out]
+    listing.train = [each for each, out in zip(listing.train, held, strict=True) if not out]
+    listing.notes.append(f"no validation images are given: {len(listing.val):,} of {len(held):,} images are held out for it")
+
+
+def place(path: str, base: Path) -> float:
+    """A number in [0, 1) that depends only on the path in `base`."""
+    relative = normalize("NFC", PurePosixPath(os.path.relpath(path, base)).as_posix())
+    return int.from_bytes(hashlib.sha256(relative.encode(errors="surrogateescape")).digest()[:7]) / 2**56
+
+
+def list_table(file: Path, holdout: float, *, given: bool) -> Listing:
+    """The images in a table (CSV): path, label and maybe split. Paths are relative to the table. Raises UserError."""
+    listing = Listing(file, (file.parent, file.parent))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            sample = text.read(1 << 16)
+            text.seek(0)
+            rows = [row for row in csv.reader(text, delimiter=delimiter_of(sample)) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+            raise
+        raise UserError(f"data.root={file} cannot be read as a table: {one_line(error)}") from None
+    path, label, split = columns_of(rows, file)
+    of_split: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(rows, 1):
+        if len(row) <= max(path, label, split or 0):
+            raise UserError(f"data.root={file}: row {number} has {len(row)} columns: {row}")
+        image = os.path.join(file.parent, os.path.expanduser(row[path].strip()))
+        name = row[split].strip().lower() if split is not None else ""
+        of_split.setdefault("train" if name in ("", "train", "training") else name, []).append(
+            (image, normalize("NFC", row[label].strip()))
+        )
+    listing.train = of_split.pop("train", [])
+    vals = [name for name in VAL if name in of_split]
+    if vals:
+        listing.val = of_split.pop(vals[0])
+    if of_split:
+        counts = ", ".join(f"{len(images):,} of {name!r}" for name, images in of_split.items())
+        listing.notes.append(f"images of other splits are not used: {counts}")
+    hold_out(listing, holdout, given=given)
+    return listing
+
+
+def delimiter_of(sample: str) -> str:
+    line = sample.partition("\n")[0]
+    return max(",;\t", key=line.count)
+
+
+def columns_of(rows: list[list[str]], file: Path) -> tuple[int, int, int | None]:
+    """The columns of path, label and split. Removes the row of titles, if there is one. Raises UserError."""
+    if not rows or len(rows[0]) < 2:
+        raise UserError(f"data.root={file} has no rows of path,label")
+    titles = [cell.strip().lower() for cell in rows[0]]
+    found = [next((i for i, title in enumerate(titles) if title in names), None) for names in (PATHS, LABELS, SPLITS)]
+    if found[0] is None and found[1] is None:
+        return 0, 1, 2 if len(rows[0]) > 2 else None
+    if found[0] is None or found[1] is None:
+        raise UserError(f"data.root={file} has the columns {words(titles)}: name those of the files path and label")
+    del rows[0]
+    return found[0], found[1], found[2]
+
+
+def words(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
