@@ -21,6 +21,7 @@ USAGE = """\
 usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
 
   distrib train [CONFIG.yaml] [key=value ...]   train on one device
+  distrib scan DATA [data.KEY=value ...]        check the images in a folder or a table
   distrib runs [FOLDER]                         list the runs in a folder
   distrib scale [CONFIG.yaml] [key=value ...]   predict training on many GPUs
 
@@ -71,6 +72,18 @@ def runs(args: Sequence[str]) -> int:
     return exits.print_once(table(args[0] if args else "runs"))
 
 
+def scan(args: Sequence[str]) -> int:
+    """Check the images of a data set; returns 1 if something is wrong."""
+    from distrib.data.scan import USAGE as SCAN_USAGE
+    from distrib.data.scan import scan as report
+
+    if "--help" in args:
+        return exits.print_once(SCAN_USAGE)
+    lines, sound = report(args)
+    exits.print_once("\n".join(lines))
+    return 0 if sound else 1
+
+
 def scale(args: Sequence[str]) -> int:
     """Predict what training would cost."""
     from distrib.scale.cluster import Cluster
@@ -82,7 +95,7 @@ def scale(args: Sequence[str]) -> int:
     return exits.print_once("\n".join(report(read(args, Cluster()), Cluster())))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "runs": runs, "scale": scale}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "scan": scan, "runs": runs, "scale": scale}
 
 
 def main(args: Sequence[str]) -> int:

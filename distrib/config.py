@@ -65,6 +65,10 @@ class DataConfig(Checked):
         0.2, "fraction of the images that is held out, by their paths, if there are no validation images", "(0, 1)",
         only=LISTED,
     )  # fmt: skip
+    bad_images: Literal["stop", "skip"] = key(
+        "stop", "what becomes of images that cannot be used; skip: others replace them, and validation leaves them out",
+        free=True, only=IMAGE_FILES,
+    )  # fmt: skip
     crop_area: float = key(0.25, "smallest fraction of an image that a random training crop shows", "(0, 1]", only=IMAGE_FILES)
     translate: int = key(1, "largest random shift of a training image, in pixels, vertically and horizontally", "[0, inf)")
     flip: Literal["none", "random", "alternating"] = key(

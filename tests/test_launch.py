@@ -35,7 +35,7 @@ def pictures(root: Path, train: int = 40, val: int = 6) -> Path:
         for i in range(images):
             path = root / part / "ab"[i % 2] / f"{i:03d}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (50 + i, 40), (200 * (i % 2), 10, i)).save(path)
+            Image.new("RGB", (50 + i, 40), (200 * (i % 2), 10 if part == "train" else 20, i)).save(path)
     return root
 
 

@@ -31,7 +31,7 @@ WITHIN = {  # the same inside a room
         ["meters"],
     ],
     "distrib/data": [
-        ["loaders", "sharing"],
+        ["loaders", "sharing", "scan"],
         ["workers"],
         ["files", "augment", "datasets"],
         ["source", "steps", "listing"],
@@ -66,9 +66,9 @@ DOORS = {
     "omegaconf": {"distrib/command_line.py"},
     "yaml": {"distrib/command_line.py"},
     "tensorboard": set(),
-    "tqdm": {"distrib/reporting/log.py"},
+    "tqdm": {"distrib/reporting/log.py", "distrib/data/scan.py"},
     "torchvision": {"distrib/data/datasets.py", "distrib/models/build.py", "distrib/models/weights.py"},
-    "PIL": {"distrib/data/pixels.py"},
+    "PIL": {"distrib/data/pixels.py", "distrib/data/scan.py"},
 }
 NO_TORCH = [  # what is imported before a mistake in the command line is answered
     "cli", "command_line", "config", "schema", "errors", "registry",

@@ -61,7 +61,12 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     environment = os.environ | ON_CPUS | {"PATH": path, "PYTHONPATH": str(copy)}
     done = subprocess.run(["bash", "-c", f"{command} {extra}"], cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = {"--help": "batch_size", "--print-config": "name: cifar10", "distrib runs": "1,234"}
+    said = {
+        "--help": "batch_size",
+        "--print-config": "name: cifar10",
+        "distrib runs": "1,234",
+        "distrib scan": "nothing is wrong",
+    }
     assert next((words for part, words in said.items() if part in command), "\ndone: top1 ") in done.stdout
 
 

@@ -115,12 +115,14 @@ class Loader:
         self.augment = Augment(config.data, config.seed, (255 * mean).round().to(torch.uint8))
         self.normalize = Normalize(mean, std, width=source.shape[2])
         # A rank needs all training images, since each epoch has another order, but only its range of the validation images.
+        self.skips_bad_images, self.left_out = config.data.bad_images == "skip", 0  # of this rank's last evaluation
         whole, mine = range(len(source.train)), val_range(len(source.val), steps.rank, steps.world)
 
         def open_split(images: Arrays | Files, mine: range, crop_area: float | None) -> Resident | Streamed:
             if isinstance(images, Arrays):
                 return Resident(images, mine, config.data.resident, device)
-            return Streamed(Reader(images, config.seed, crop_area), device, workers)
+            reader = Reader(images, config.seed, crop_area, skip=config.data.bad_images == "skip")
+            return Streamed(reader, device, workers)
 
         self.sets = open_split(source.train, whole, config.data.crop_area), open_split(source.val, mine, None)
 
@@ -146,5 +148,15 @@ class Loader:
     def val(self, size: int) -> Iterator[Batch]:
         """This rank's range of the validation set, `size` images at a time."""
         shares = val_shares(len(self.source.val), self.steps.rank, self.steps.world, size)
+        before = self._left_out()
         for _, images, targets in self.sets[1].read(shares):
-            yield Batch(self.normalize(images), targets)
+            if len(images):
+                yield Batch(self.normalize(images), targets)
+        self.left_out = self._left_out() - before
+
+    def _left_out(self) -> int:
+        return self.sets[1].stream.left_out if isinstance(self.sets[1], Streamed) else 0
+
+    def bad_images(self) -> list[str]:
+        """Why images could not be used, of those that this rank has read."""
+        return [why for each in self.sets if isinstance(each, Streamed) for why in each.stream.bad.values()]

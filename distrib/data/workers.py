@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distrib.config import AUTO, Config, applies
-from distrib.data.files import Reader
+from distrib.data.files import BadImage, Reader
 from distrib.data.pixels import ImageSpec
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
@@ -35,6 +35,9 @@ from distrib.runtime.stacks import stack_report
 
 AHEAD = 4  # shares that workers read ahead
 MOST = 16  # workers of a rank if data.workers=auto
+
+
+Result = dict[int, BadImage] | Exception  # of a request
 
 
 class Place(NamedTuple):
@@ -98,10 +101,10 @@ class Worker:
         requests.close()
         replies.close()
 
-    def receive(self) -> tuple[int, Exception | None] | str:
-        """The next reply: the number of its reading, and its error; or a warning. Raises RunError if the process has ended."""
+    def receive(self) -> tuple[int, Result] | str:
+        """The next reply: the number of its reading, and its result; or a warning. Raises RunError if the process has ended."""
         try:
-            reply: tuple[int, Exception | None] | str = self.replies.recv()
+            reply: tuple[int, Result] | str = self.replies.recv()
             return reply
         except (EOFError, OSError):
             self.process.join()
@@ -130,18 +133,16 @@ def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemor
     disk.retries.report = lambda text: replies.send(text)
     while True:
         request: Request = requests.recv()
-        error: Exception | None = None
         try:
             reader = load(request.reader)
-            reader.read(
-                request.epoch, request.images, images_in(slots.view(request.slot), len(request.images), reader.files.spec)
-            )
-        except (UserError, RunError) as met:
-            error = met
-        except Exception as met:
+            images = images_in(slots.view(request.slot), len(request.images), reader.files.spec)
+            result: Result = reader.read(request.epoch, request.images, images)
+        except (UserError, RunError) as error:
+            result = error
+        except Exception as error:
             traceback.print_exc()
-            error = RunError(f"a loader worker of rank {env_rank()} failed: {type(met).__name__}: {one_line(met)}")
-        replies.send((request.reading, error))
+            result = RunError(f"a loader worker of rank {env_rank()} failed: {type(error).__name__}: {one_line(error)}")
+        replies.send((request.reading, result))
 
 
 def images_in(memory: memoryview, number: int, spec: ImageSpec) -> Tensor:
@@ -155,7 +156,7 @@ class Workers:
 
     def __init__(self, number: int = 0, report: Path = Path()) -> None:
         self.workers, self.numbers = list[Worker](), count()
-        self.inboxes: dict[int, list[deque[Exception | None]]] = {}  # of each reading: the replies of each worker
+        self.inboxes: dict[int, list[deque[Result]]] = {}  # of each reading: the results of each worker
         try:
             self.readers = SharedMemory() if number else None
             with blocked_in_workers():
@@ -184,8 +185,8 @@ class Workers:
         parts: list[bytes | memoryview] = [data, *(each.raw() for each in buffers)]
         return tuple(self.readers.put(each) for each in parts)
 
-    def receive(self, reading: int, worker: int) -> None:
-        """Wait until a worker has served the next request of a reading. Raises its error."""
+    def receive(self, reading: int, worker: int) -> dict[int, BadImage]:
+        """Wait until a worker has served the next request of a reading; returns the bad images in it. Raises its error."""
         inbox = self.inboxes[reading][worker]
         while not inbox:
             reply = self.workers[worker].receive()
@@ -193,9 +194,10 @@ class Workers:
                 self._warn(reply)
             elif reply[0] in self.inboxes:  # not of a reading that was broken off
                 self.inboxes[reply[0]][worker].append(reply[1])
-        error = inbox.popleft()
-        if error:
-            raise error
+        result = inbox.popleft()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _warn(self, warning: str) -> None:
         if not disk.retries.reported:  # by another worker
@@ -210,14 +212,15 @@ class Stream:
         self.reader, self.workers, self.pinned = reader, workers, pinned
         self.places = workers.give(reader)
         self.slots: dict[tuple[int, int], Place] = {}  # by worker, and by turn in its ring of AHEAD slots
+        self.bad: dict[int, str] = {}  # images that cannot be used, and why
+        self.left_out = 0  # images that were read and left out
 
     def read(self, shares: Iterable[Share]) -> Iterator[tuple[Share, Tensor]]:
-        """Each share and its images."""
+        """Each share and its images, without those that are left out."""
         if not self.workers.workers:
             for share in shares:
                 images = self._room(len(share.images))
-                self.reader.read(share.epoch, share.images.tolist(), images)
-                yield share, images
+                yield self._usable(share, images, self.reader.read(share.epoch, share.images.tolist(), images))
             return
         remaining, turns, reading = iter(shares), cycle(range(AHEAD)), next(self.workers.numbers)
         requested: deque[tuple[Share, list[Tensor]]] = deque()
@@ -232,13 +235,27 @@ class Stream:
                 request_next()
             while requested:
                 share, chunks = requested.popleft()
-                for worker in range(len(chunks)):
-                    self.workers.receive(reading, worker)
+                bad, first = dict[int, BadImage](), 0
+                for worker, chunk in enumerate(chunks):
+                    bad |= {first + place: each for place, each in self.workers.receive(reading, worker).items()}
+                    first += len(chunk)
                 images = torch.cat(chunks, out=self._room(len(share.images)))
                 request_next()
-                yield share, images
+                yield self._usable(share, images, bad)
         finally:
             del self.workers.inboxes[reading]
+
+    def _usable(self, share: Share, images: Tensor, bad: dict[int, BadImage]) -> tuple[Share, Tensor]:
+        """A share with the numbers of the images that replace bad ones, without those that nothing replaces."""
+        if not bad:
+            return share, images
+        self.bad |= {each.number: each.why for each in bad.values()}
+        numbers = share.images.clone()
+        for place, each in bad.items():
+            numbers[place] = -1 if each.instead is None else each.instead
+        kept = numbers >= 0
+        self.left_out += int((~kept).sum())
+        return Share(share.epoch, numbers[kept]), images if kept.all() else images[kept]
 
     def _request(self, reading: int, share: Share, turn: int) -> list[Tensor]:
         """Request a share from the workers; returns the memory that it will be in, in chunks."""

@@ -79,7 +79,8 @@ class Log:
     def validation(self, step: int, group: str, values: dict[str, float]) -> None:
         """Report the meters of an evaluation; `group` is val, or val_ema for the moving average."""
         self._scalars(step, group, values)
-        self._say(f"{self._place(step)}  {group}: {self._numbers(values)}")
+        images = f"  of {values['images']:,.0f} images, without bad ones" if "images" in values else ""
+        self._say(f"{self._place(step)}  {group}: {self._numbers(values)}{images}")
 
     def warn(self, text: str) -> None:
         """Print a warning."""

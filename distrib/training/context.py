@@ -39,3 +39,4 @@ class Run:
     replay: Replay = field(default_factory=Replay)
     micro_batches: int = 1  # number of parts that a rank's share of a batch is cut into
     records: list[StepRecord] = field(default_factory=list)  # of the steps since collect_records was called
+    bad_images: set[str] = field(default_factory=set)  # that were reported

@@ -6,9 +6,12 @@ from torch import nn
 
 from distrib.data.augment import tta_views
 from distrib.data.loaders import Loader
-from distrib.runtime.ranks import broadcast_buffers
+from distrib.errors import UserError
+from distrib.runtime import ranks
 from distrib.training.meters import Totals
 from distrib.training.objective import Objective
+
+IMAGES = "images"  # the number of images of an evaluation, if some were left out
 
 
 @torch.no_grad()
@@ -17,10 +20,12 @@ def evaluate(
 ) -> dict[str, float]:
     """The meters of `network` on the whole validation set, `size` images at a time. Every rank must call this.
 
+    If bad images were left out, the number of the others is there too. Raises UserError if no image can be used.
+
     Logits are averaged over the `views` of each image. The shares of the ranks may be uneven: `network` is not wrapped in DDP,
     so the ranks exchange nothing before the sums.
     """
-    broadcast_buffers(network)  # each rank has its own batch statistics; rank 0's are the ones that are saved
+    ranks.broadcast_buffers(network)  # each rank has its own batch statistics; rank 0's are the ones that are saved
     totals = Totals.zero(accelerator.device)
     network.eval()
     for images, targets in loader.val(size):
@@ -28,10 +33,17 @@ def evaluate(
             logits = torch.stack([weight * network(view).float() for weight, view in tta_views(images, views)]).sum(0)
         totals = totals.plus(objective.measure(logits, targets), len(targets))
     network.train()
+    if not totals.sums:  # this rank's images are all bad: it adds sums of zero, in the shapes of the other ranks' sums
+        like = torch.zeros(1, len(loader.source.classes), device=accelerator.device)
+        sums = objective.measure(like, loader.source.val.targets[:1].to(accelerator.device))
+        totals = totals.plus({name: 0 * each for name, each in sums.items()}, 0)
     totals = reduce_totals(totals, accelerator)
-    images_seen = round(totals.images.item())
-    assert images_seen == len(loader.source.val), (images_seen, len(loader.source.val))
-    return totals.values(objective.meters)
+    images_seen, all_images = round(totals.images.item()), len(loader.source.val)
+    left_out = sum(ranks.all_gather_object(loader.left_out)) if loader.skips_bad_images else 0
+    assert images_seen + left_out == all_images, (images_seen, left_out, all_images)
+    if not images_seen:
+        raise UserError(f"none of the {all_images:,} validation images can be used: run distrib scan")
+    return totals.values(objective.meters) | ({IMAGES: float(images_seen)} if left_out else {})
 
 
 def reduce_totals(totals: Totals, accelerator: Accelerator) -> Totals:

@@ -5,6 +5,8 @@ Records of steps stay on the device until a report or a save waits for the devic
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,3 +106,18 @@ def check_replicas(state: TrainState, accelerator: Accelerator) -> None:
             f"the weights of rank {', '.join(odd)} differ from those of the other ranks after step {state.step:,}, so they are "
             "not saved: check the memory of its device; the same command resumes from the last checkpoint"
         )
+
+
+def report_bad_images(run: Run) -> None:
+    """Report images that cannot be used, of those that were read since the last call. Every rank must call this."""
+    if not run.loader.skips_bad_images:
+        return
+    found = {line for each in ranks.all_gather_object(run.loader.bad_images()) for line in each}
+    file = Path(run.config.run_dir, "bad_images.txt")
+    if run.accelerator.is_main_process and found - run.bad_images:
+        run.bad_images.update(found)
+        with suppress(OSError):  # a full disk must not end the run
+            known = set(file.read_text().splitlines()) if file.exists() else set()
+            with file.open("a") as lines:
+                lines.writelines(f"{line}\n" for line in sorted(found - known))
+        run.log.warn(f"{len(run.bad_images):,} images cannot be used, so others replace them; {file} lists them")

@@ -12,7 +12,7 @@ from distrib.data.steps import DROPOUT, fold
 from distrib.runtime import ranks
 from distrib.training.context import Run
 from distrib.training.evaluation import evaluate, reduce_totals
-from distrib.training.health import check_replicas, collect_records, nonfinite
+from distrib.training.health import check_replicas, collect_records, nonfinite, report_bad_images
 from distrib.training.meters import Totals
 from distrib.training.optim import set_learning_rate, update_ema
 from distrib.training.records import StepRecord
@@ -155,6 +155,7 @@ def validate(state: TrainState, run: Run) -> bool:
             work = partial(evaluate, network, run.loader, run.objective, run.accelerator, size, run.config.tta)
             state.values, state.evaluated_step = run.replay.run_other(work), state.step
             run.log.validation(state.step, group, state.values)
+    report_bad_images(run)
     score = run.objective.score
     improved = ranks.broadcast_object(not state.best_values or score(state.values) > score(state.best_values))
     if improved:
