@@ -34,7 +34,9 @@ PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.p
 ON_CPUS = {} if torch.cuda.device_count() >= 3 else {"CUDA_VISIBLE_DEVICES": ""}
 SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"} | ON_CPUS  # for programs in tests/ that train as train.py does
 LONG = ("test_survival.py", "test_slurm.py")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would the programs that tests start
+# nohup ignores the one, and a shell the other for programs in the background; programs that tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL = ["model.width=8", "precision=no", "epochs=2", "batch_size=60", "log_every=5"]  # a run of a second or two
 
 
