@@ -96,9 +96,12 @@ class ModelConfig(Checked):
     width: int = key(64, "channels of the first block; the next two have 2 and 4 times as many", "[1, inf)", only=OWN_NETWORKS)
     dropout: float = key(0.0, "fraction of the features that is dropped before the last layer", "[0, 1)", only=OWN_NETWORKS)
     whiten: int = key(0, "side of the patches that a fixed first layer whitens, in pixels; 0: no such layer", "[0, 7]")
-    weights: str = key(
-        "", "weights to start from: a name in torchvision (DEFAULT), a .safetensors or .pth file, or a run folder", path=True
+    stem: Literal["auto", "small", "large"] = key(
+        "auto",
+        "first layers of a ResNet; auto: small for images of up to 64 pixels, large with weights",
+        free=True,
     )
+    weights: str = key("", "weights to start from: a name in torchvision (DEFAULT), a file, or a run folder", path=True)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def prepare(
     rank, world = accelerator.process_index, accelerator.num_processes
     steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
     loader, schedule = Loader(source, config, steps, device, workers), build_schedule(config, steps.per_epoch)
-    state, model = build(config, loader, network, accelerator, load=not manifest)
+    state, model, loaded = build(config, loader, network, accelerator, load=not manifest)
     cleanup.callback(unwrap, accelerator, model)
     micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
     chosen = earlier or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
@@ -123,27 +123,28 @@ def prepare(
     run = Run(config, objective, accelerator, model, *parts)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
-    return state, run, [*(f"warning: {each}" for each in cut), setup]
+    return state, run, [*loaded, *(f"warning: {each}" for each in cut), setup]
 
 
 def build(
     config: Config, loader: Loader, network: NetworkOrBuilder | None, accelerator: Accelerator, *, load: bool
-) -> tuple[TrainState, nn.Module]:
-    """The state at step 0, and the model that a step calls. Every rank must call this.
+) -> tuple[TrainState, nn.Module, list[str]]:
+    """The state at step 0, the model that a step calls, and lines for the user. Every rank must call this.
 
     Pretrained weights are loaded only if `load`: a run that resumes needs neither their file nor the network.
     """
     source = loader.source
     torch.manual_seed(config.seed)
     build_on = partial(build_model, config.model, source.shape, len(source.classes), network)
-    built = ranks.rank0_first(lambda rank0: build_on(load=load and rank0)).to(loader.device)
+    lines = list[str]()
+    built = ranks.rank0_first(lambda rank0: build_on(load=load and rank0, tell=lines.append)).to(loader.device)
     if network is not None or config.model.weights:
         ranks.broadcast_network(built)  # each rank built its own, and rank 0 loaded its weights
     fit_whitening(built, loader.sample)
     ema = build_ema(built, config.optim.ema_decay)
     optimizer = build_optimizer(built, config.optim, fused=accelerator.scaler is None)
     model, optimizer = wrap(accelerator, built, optimizer, config.compile)
-    return TrainState(built, optimizer, ema), model
+    return TrainState(built, optimizer, ema), model, lines
 
 
 def cut_into_memory(

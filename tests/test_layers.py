@@ -37,7 +37,7 @@ WITHIN = {  # the same inside a room
         ["source", "steps", "listing"],
         ["pixels"],
     ],
-    "distrib/models": [["build"], ["weights", "cnn", "airbench"], ["layers"]],
+    "distrib/models": [["build"], ["weights", "cnn", "airbench"], ["layers", "weight_files"]],
     "distrib/reporting": [["log", "runs"]],
     "distrib/runtime": [
         ["run_folder", "watchdog", "exits", "attempts", "saver"],

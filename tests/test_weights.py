@@ -1,5 +1,7 @@
 """Weights to start from: of a run, from files, and as torchvision publishes them."""
 
+import argparse
+import collections
 import json
 import re
 from dataclasses import replace
@@ -30,8 +32,108 @@ def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path
     assert model.fc.out_features == 7
     same = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5)
     assert torch.equal(same.fc.weight, trained.fc.weight)
-    grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7)
+    lines: list[str] = []
+    grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7, tell=lines.append)
     assert torch.equal(grey.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
+    assert torch.equal(grey.conv1.weight, trained.conv1.weight.sum(1, keepdim=True))
+    details = "not loaded, so new: fc.weight, fc.bias; summed over its channels: conv1.weight"
+    assert lines == [f"weights: 120 of 122 tensors from {path}; {details}"]
+    images = torch.rand(2, 1, 224, 224)
+    with torch.no_grad():  # grey pictures give what they gave as colored ones
+        torch.testing.assert_close(grey.eval().conv1(images), trained.conv1(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+
+
+FOUND = models.resnet18(num_classes=5).state_dict()
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": each for name, each in FOUND.items()}
+
+
+FILES = {  # as the best-known programs write them, and the key and prefix that are told
+    "pytorch/examples.pth.tar": (
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in FOUND.items()}},
+        "state_dict",
+        "module.",
+    ),
+    "torchvision.pth": ({"model": FOUND, "args": argparse.Namespace(lr=1, path=Path("a")), "epoch": 3}, "model", ""),
+    "compiled.bin": (prefixed("_orig_mod."), "", "_orig_mod."),
+    "lightning.ckpt": (
+        {
+            "state_dict": {**prefixed("model."), "criterion.weight": torch.ones(5)},
+            "hyper_parameters": {"optimizer": collections.Counter("aab")},
+        },
+        "state_dict",
+        "model.",
+    ),
+    "parallel.pt": (prefixed("module."), "", "module."),
+    "both.pth": ({"model_state": {"module": prefixed("module._orig_mod.")}}, "model_state.module", "module._orig_mod."),
+    "average.pth": ({"state_dict": {k: 0 * v for k, v in FOUND.items()}, "state_dict_ema": FOUND}, "state_dict_ema", ""),
+    "torchvision_ema.pth": (
+        {"model": FOUND, "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.")}},
+        "model_ema",
+        "module.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_are_found_in_files_as_other_programs_write_them(tmp_path: Path, name: str) -> None:
+    content, key, prefix = FILES[name]
+    path = tmp_path / Path(name).name
+    torch.save(content, path)
+    lines: list[str] = []
+    model = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5, tell=lines.append)
+    assert [name for name, each in model.state_dict().items() if not torch.equal(each, FOUND[name])] == []
+    details = ", ".join([f"its key {key}"] * bool(key) + [f"without the prefix {prefix}"] * bool(prefix))
+    assert lines == [f"weights: 122 of 122 tensors from {path}" + (f" ({details})" if details else "")]
+
+
+def test_a_file_is_known_by_its_bytes_and_an_old_format_is_read(tmp_path: Path) -> None:
+    save_file(FOUND, tmp_path / "weights.bin")
+    torch.save(FOUND, tmp_path / "old", _use_new_zipfile_serialization=False)
+    for name in ("weights.bin", "old"):
+        model = build_model(ModelConfig(name="resnet18", weights=str(tmp_path / name)), (3, 224, 224), classes=5)
+        assert torch.equal(model.conv1.weight, FOUND["conv1.weight"])
+
+
+class Hostile:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+class Settings:
+    """An object of a program, beside its weights."""
+
+
+def test_nothing_in_a_file_of_weights_is_executed(tmp_path: Path) -> None:
+    torch.save({"state_dict": FOUND, "args": Settings()}, tmp_path / "settings.pth")
+    torch.save({"state_dict": FOUND, "args": Hostile(tmp_path / "mark")}, tmp_path / "hostile.pth")
+    torch.save(models.resnet18(), tmp_path / "network.pth")
+    model = build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "settings.pth")), (3, 224, 224), classes=5)
+    assert torch.equal(model.conv1.weight, FOUND["conv1.weight"])
+    with pytest.raises(UserError, match=r"hostile.pth cannot be read: it has objects that are never loaded \("):
+        build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "hostile.pth")), (3, 224, 224), classes=5)
+    assert not (tmp_path / "mark").exists()
+    with pytest.raises(UserError, match=r"network.pth has a whole network, and no state_dict: save network.state_dict\(\)"):
+        build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "network.pth")), (3, 224, 224), classes=5)
+
+
+def test_small_images_keep_the_stem_of_the_weights_unless_another_is_asked_for(tmp_path: Path) -> None:
+    torch.save(FOUND, tmp_path / "weights.pth")
+    config = ModelConfig(name="resnet18", weights=str(tmp_path / "weights.pth"))
+    assert build_model(config, (3, 32, 32), classes=5).conv1.kernel_size == (7, 7)
+    assert build_model(replace(config, weights=""), (3, 32, 32), classes=5).conv1.kernel_size == (3, 3)
+    assert build_model(replace(config, weights="", stem="large"), (3, 32, 32), classes=5).conv1.kernel_size == (7, 7)
+    with pytest.raises(UserError, match=r"model.stem=small would be ignored: it applies to ResNets only; omit it"):
+        build_model(ModelConfig(stem="small"), (1, 8, 8), classes=5)
+    with pytest.raises(UserError, match=r"conv1.weight, which is \[64, 3, 7, 7\] there, \[64, 3, 3, 3\] here: model.stem="):
+        build_model(replace(config, stem="small"), (3, 32, 32), classes=5)
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("densenet121", 64), ("googlenet", 64)])
@@ -67,13 +169,17 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monke
     (tmp_path / "torn.safetensors").write_bytes(b"x")
     assert "cannot be read" in told("resnet18", str(tmp_path / "torn.safetensors"))
     torch.save({"a": print}, tmp_path / "hostile.pth")
-    assert "cannot be read" in told("resnet18", str(tmp_path / "hostile.pth"))
+    assert "hostile.pth has a dict with a, and no state_dict" in told("resnet18", str(tmp_path / "hostile.pth"))
     (tmp_path / "text.pth").write_text("hello\n")
     assert "cannot be read" in told("resnet18", str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    assert told("resnet18", str(tmp_path / "list.pth")).endswith("list.pth has a list, not a state_dict")
+    assert told("resnet18", str(tmp_path / "list.pth")).endswith(
+        "list.pth has a list, and no state_dict: save network.state_dict()"
+    )
     torch.save(models.resnet18().state_dict() | {"bn1.weight": "lost"}, tmp_path / "odd.pth")
-    assert "odd.pth do not fit resnet18: 1 tensors, such as bn1.weight" in told("resnet18", str(tmp_path / "odd.pth"))
+    assert "odd.pth do not fit resnet18: 1 of 122 tensors, such as bn1.weight, which is not there" in told(
+        "resnet18", str(tmp_path / "odd.pth")
+    )
     torch.save(models.resnet34().state_dict(), tmp_path / "other.pth")
     assert "other.pth do not fit resnet50: " in told("resnet50", str(tmp_path / "other.pth"))
     assert "resnet18 has no weights 'IMAGENET1K_V9': use a file, or IMAGENET1K_V1" in told("resnet18", "IMAGENET1K_V9")
@@ -148,7 +254,7 @@ def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_p
     with pytest.raises(UserError, match=rf"^{tmp_path}/empty has no checkpoints: give a run folder or a checkpoint"):
         build_model(ModelConfig(weights=str(tmp_path / "empty")), (1, 8, 8), classes=10)
     config, (older, _) = trained(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"^model.weights={tmp_path}/run do not fit cnn: \d+ tensors, such as "):
+    with pytest.raises(UserError, match=rf"^model.weights={tmp_path}/run do not fit cnn: 34 of 44 tensors, such as stem"):
         build_model(replace(config, width=16, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
     (older / "model.safetensors").write_bytes(b"x")
     with pytest.raises(
@@ -157,12 +263,15 @@ def test_a_folder_without_weights_or_with_those_of_another_network_is_told(tmp_p
         build_model(replace(config, weights=str(tmp_path / "run")), (1, 8, 8), classes=10)
 
 
-def test_a_run_that_resumes_needs_no_file_of_weights(tmp_path: Path) -> None:
+def test_a_run_tells_what_was_loaded_and_when_it_resumes_it_needs_no_file_of_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = [*SMALL, "optim.lr=0.01"]
     train(load_config([*keys, f"run_dir={tmp_path / 'first'}", "epochs=0.1"]))
     path = tmp_path / "weights.safetensors"
     path.write_bytes((tmp_path / "first" / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes())
     config = load_config([*keys, f"run_dir={tmp_path / 'second'}", f"model.weights={path}", "epochs=0.1"])
     train(config)
+    assert f"weights: 44 of 44 tensors from {path}\n" in capsys.readouterr().out
     path.unlink()
     assert train(replace(config, epochs=0.2), changes={"epochs"}).step == 5

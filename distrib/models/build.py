@@ -21,12 +21,18 @@ NetworkOrBuilder = nn.Module | Callable[[], nn.Module]  # a network, or a functi
 
 
 def build_model(
-    config: ModelConfig, shape: Shape, classes: int, own: NetworkOrBuilder | None = None, *, load: bool = True
+    config: ModelConfig,
+    shape: Shape,
+    classes: int,
+    own: NetworkOrBuilder | None = None,
+    *,
+    load: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """A network from images (n, *shape) to logits (n, classes). Raises UserError if name, size or weights do not fit.
 
     The initial weights come from torch's global generator: seed it first. If the config has `whiten`, call `fit_whitening`
-    afterwards. Without `load`, `config.weights` are not loaded.
+    afterwards. Without `load`, `config.weights` are not loaded; `tell` gets a line on what was loaded.
     """
     whitening = Whitening(shape, config.whiten) if config.whiten else None
     inner = whitening.shape if whitening else shape
@@ -37,9 +43,11 @@ def build_model(
     elif config.name in NETWORKS:
         model = lookup(NETWORKS, config.name)(inner[0], classes, config.width, config.dropout)
     else:
-        model = adapt(of_torchvision(config.name, classes), inner)
+        model = adapt(of_torchvision(config.name, classes), inner, config)
+    if config.stem != "auto" and not isinstance(model, models.ResNet):
+        raise UserError(f"model.stem={config.stem} would be ignored: it applies to ResNets only; omit it")
     if config.weights and load:
-        load_pretrained(model, config)
+        tell(load_pretrained(model, config))
     if hasattr(model, "transform_input"):
         # The published weights of googlenet and inception_v3 expect another normalization, which this flag applies.
         model.transform_input = inner[0] == 3 and from_published(config.weights)  # type: ignore[assignment]
@@ -59,11 +67,15 @@ def of_torchvision(name: str, classes: int) -> nn.Module:
     return model
 
 
-def adapt(model: nn.Module, shape: Shape) -> nn.Module:
-    """Fit torchvision's network to the images: the channels of its first convolution, and a ResNet's stem for small images."""
+def adapt(model: nn.Module, shape: Shape, config: ModelConfig) -> nn.Module:
+    """Fit torchvision's network to the images: the channels of its first convolution, and a ResNet's stem for small images.
+
+    A network that starts from weights keeps the stem of these.
+    """
     channels, height, _ = shape
     name, first = next((name, each) for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
-    if isinstance(model, models.ResNet) and height <= SMALL:  # He et al., 2016, section 4.2: the stem for CIFAR
+    small = config.stem == "small" or (config.stem == "auto" and height <= SMALL and not config.weights)
+    if isinstance(model, models.ResNet) and small:  # He et al., 2016, section 4.2: the stem for CIFAR
         model.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
