@@ -21,6 +21,7 @@ USAGE = """\
 usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
 
   distrib train [CONFIG.yaml] [key=value ...]   train on one device
+  distrib evaluate RUN [data.KEY=value ...]     the accuracy of a run, by class
   distrib scan DATA [data.KEY=value ...]        check the images in a folder or a table
   distrib runs [FOLDER]                         list the runs in a folder
   distrib scale [CONFIG.yaml] [key=value ...]   predict training on many GPUs
@@ -34,6 +35,13 @@ usage: accelerate launch train.py [CONFIG.yaml] [key=value ...]
        --print-config shows the config that would be used
 
 """
+
+EVALUATE_USAGE = """\
+usage: distrib evaluate RUN [data.KEY=value ...] [--json]
+       accelerate launch -m distrib evaluate RUN ...    on all devices of a machine
+
+Evaluates the best checkpoint of the run folder RUN, or the checkpoint RUN, on the validation images of the run;
+data.root=FOLDER names others with the same classes. The result is exact on any number of ranks."""
 
 
 def train(args: Sequence[str]) -> int:
@@ -57,6 +65,20 @@ def refuse_mistakes(config: Config) -> None:
     refuse_unknown_network(config.model.name)
     refuse_unknown(OBJECTIVES, config.objective.name, "objective.name", "objective")
     refuse_uneven(config.batch_size, env_world_size())
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Evaluate a run on its validation images, or on others."""
+    if "--help" in args:
+        return exits.print_once(EVALUATE_USAGE)
+    words = [arg for arg in args if arg != "--json"]
+    keys = dict(arg.split("=", 1) for arg in words[1:] if arg.startswith("data.") and "=" in arg)
+    if not words or len(keys) < len(words) - 1:
+        raise UserError("give a run folder or a checkpoint, and keys of data only: distrib evaluate RUN [data.root=FOLDER]")
+    from distrib.inference import evaluate as inference
+
+    found = inference.evaluate_classes(words[0], keys=keys)
+    return exits.print_once(inference.as_json(found) if "--json" in args else "\n".join(inference.report(found)))
 
 
 def runs(args: Sequence[str]) -> int:
@@ -95,7 +117,13 @@ def scale(args: Sequence[str]) -> int:
     return exits.print_once("\n".join(report(read(args, Cluster()), Cluster())))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "scan": scan, "runs": runs, "scale": scale}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "scan": scan,
+    "runs": runs,
+    "scale": scale,
+}
 
 
 def main(args: Sequence[str]) -> int:

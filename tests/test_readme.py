@@ -21,7 +21,7 @@ SHORT = {
     "fashion_mnist": "epochs=0.01 model.width=4",
     "data.root=photos": "epochs=1 batch_size=8",
     "runs/wide": "epochs=1",
-    "runs/single": "epochs=1",
+    "run_dir=runs/single": "epochs=1",
     "make train": "ARGS=epochs=1",
 }
 ELSEWHERE = ("make test", "source .venv/bin/activate")  # it runs this test; the copy has the tests' own packages
@@ -56,13 +56,17 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     if command == "distrib runs":
         (copy / "runs" / "one").mkdir(parents=True, exist_ok=True)
         (copy / "runs" / "one" / "status.json").write_text('{"state": "completed", "step": 1234}')
+    if command.startswith("distrib evaluate"):
+        command = f"distrib train run_dir=runs/single epochs=1 && {command}"
     extra = " ".join(short for words, short in SHORT.items() if words in command)
     path = f"{copy}/.venv/bin:{os.environ['PATH']}"
     environment = os.environ | ON_CPUS | {"PATH": path, "PYTHONPATH": str(copy)}
-    done = subprocess.run(["bash", "-c", f"{command} {extra}"], cwd=copy, env=environment, capture_output=True, text=True)
+    line = command if "&&" in command else f"{command} {extra}"
+    done = subprocess.run(["bash", "-c", line], cwd=copy, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = {
         "--help": "batch_size",
+        "distrib evaluate": "of 360 images",
         "--print-config": "name: cifar10",
         "distrib runs": "1,234",
         "distrib scan": "nothing is wrong",

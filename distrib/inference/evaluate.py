@@ -1,8 +1,13 @@
 """`evaluate`: the exact meters of a trained run on a validation set, on any number of ranks."""
 
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from distrib.command_line import dotted, with_values
 from distrib.config import OWN, Config
@@ -23,6 +28,16 @@ from distrib.training.precision import agree_on_precision
 from distrib.training.state import broadcast_file, shapes, tensor_differences
 
 
+class Evaluation(NamedTuple):
+    """The meters of a checkpoint on a validation set, and for each class its images and how many of them were right."""
+
+    checkpoint: Path
+    values: dict[str, float]
+    classes: tuple[str, ...]
+    images: list[int]
+    hits: list[int]
+
+
 def evaluate(
     run: str | Path,
     *,
@@ -36,8 +51,20 @@ def evaluate(
     Objects that were passed to train() must be passed again; `source` may also be another data set with the same classes.
     Precision and test-time augmentation are those of the run. Raises UserError, and RunError if the checkpoint cannot be read.
     """
+    return evaluate_classes(run, source=source, network=network, objective=objective).values
+
+
+def evaluate_classes(
+    run: str | Path,
+    *,
+    source: Source | None = None,
+    network: NetworkOrBuilder | None = None,
+    objective: Objective | None = None,
+    keys: Mapping[str, str] = MappingProxyType({}),
+) -> Evaluation:
+    """What `evaluate` returns, and the result of each class. `keys` of data, such as data.root, replace those of the run."""
     folder, manifest = best_checkpoint(Path(run))
-    config = config_of(manifest)
+    config = with_values(config_of(manifest), keys, "")
     disk.retries = disk.Retries(limit=config.limits.read)
     for section, given in (("data", source), ("model", network), ("objective", objective)):
         name = getattr(config, section).name
@@ -48,22 +75,49 @@ def evaluate(
         refuse_other_classes(folder, manifest, source)
         agree_on_precision(config.precision, ranks.device())
         accelerator = make_accelerator(config)
-        built = ranks.rank0_first(
-            lambda rank0: build_model(config.model, source.shape, len(source.classes), network, load=False)
-        )
-        device, file = ranks.device(), folder / (EMA if EMA in manifest["files"] else MODEL)
-        ranks.on_rank0(partial(refuse_damaged, folder))
-        there = ranks.on_rank0(partial(shapes, file))
-        differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in built.state_dict().items()})
-        if differ:
-            raise UserError(f"{folder} was saved with another network: {differ}")
-        built.to(device).load_state_dict(dict(broadcast_file(file)))
+        built = build_model(config.model, source.shape, len(source.classes), network, load=False).to(ranks.device())
+        load_checkpoint(built, folder, manifest)
         # One image per rank and step: no step is run, and the data may have fewer images than a batch.
         world = env_world_size()
         steps = Steps(len(source.train), world, config.seed, channel.rank, world)
-        loader = Loader(source, config, steps, device, workers)
+        loader = Loader(source, config, steps, ranks.device(), workers)
         objective, size = objective or build_objective(config), max(1, config.batch_size // world)
-        return evaluation.evaluate(built, loader, objective, accelerator, size, config.tta)
+        totals = evaluation.measure(built, loader, objective, accelerator, size, config.tta, by_class=True)
+    images, hits = totals.sums[evaluation.BY_CLASS].long().tolist()
+    return Evaluation(folder, evaluation.values_of(totals, objective, len(source.val)), source.classes, images, hits)
+
+
+def report(found: Evaluation) -> list[str]:
+    """The lines of an evaluation: the meters, and a table of classes, the worst first."""
+    values = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items() if name != evaluation.IMAGES)
+    lines = [f"{found.checkpoint}: {values}  of {sum(found.images):,} images"]
+    width = max(5, *map(len, found.classes))
+    rows = sorted(zip(found.classes, found.images, found.hits, strict=True), key=lambda row: row[2] / max(1, row[1]))
+    lines.append(f"{'class':<{width}}  {'images':>8}  {'right':>8}  {'%':>6}")
+    return lines + [
+        f"{name:<{width}}  {images:>8,}  {hits:>8,}  {f'{100 * hits / images:.2f}' if images else '-':>6}"
+        for name, images, hits in rows
+    ]
+
+
+def as_json(found: Evaluation) -> str:
+    """An evaluation as one line of JSON."""
+    classes = {
+        name: {"images": images, "hits": hits}
+        for name, images, hits in zip(found.classes, found.images, found.hits, strict=True)
+    }
+    return json.dumps({"checkpoint": str(found.checkpoint), "values": found.values, "classes": classes})
+
+
+def load_checkpoint(network: nn.Module, folder: Path, manifest: dict[str, Any]) -> None:
+    """Load the weights of a checkpoint, or their moving average. Every rank must call this. Raises UserError."""
+    file = folder / (EMA if EMA in manifest["files"] else MODEL)
+    ranks.on_rank0(partial(refuse_damaged, folder))
+    there = ranks.on_rank0(partial(shapes, file))
+    differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in network.state_dict().items()})
+    if differ:
+        raise UserError(f"{folder} was saved with another network: {differ}")
+    network.load_state_dict(dict(broadcast_file(file)))
 
 
 def config_of(manifest: dict[str, Any]) -> Config:

@@ -2,40 +2,66 @@
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from distrib.data.augment import tta_views
 from distrib.data.loaders import Loader
 from distrib.errors import UserError
 from distrib.runtime import ranks
-from distrib.training.meters import Totals
+from distrib.training.meters import Sums, Totals, images_and_hits
 from distrib.training.objective import Objective
 
 IMAGES = "images"  # the number of images of an evaluation, if some were left out
+BY_CLASS = "by class"  # the images and hits of each class
 
 
-@torch.no_grad()
 def evaluate(
     network: nn.Module, loader: Loader, objective: Objective, accelerator: Accelerator, size: int, views: int
 ) -> dict[str, float]:
     """The meters of `network` on the whole validation set, `size` images at a time. Every rank must call this.
 
     If bad images were left out, the number of the others is there too. Raises UserError if no image can be used.
+    """
+    return values_of(measure(network, loader, objective, accelerator, size, views), objective, len(loader.source.val))
+
+
+def values_of(totals: Totals, objective: Objective, all_images: int) -> dict[str, float]:
+    """What is reported of the sums over a validation set."""
+    images = round(totals.images.item())
+    return totals.values(objective.meters) | ({IMAGES: float(images)} if images < all_images else {})
+
+
+@torch.no_grad()
+def measure(
+    network: nn.Module,
+    loader: Loader,
+    objective: Objective,
+    accelerator: Accelerator,
+    size: int,
+    views: int,
+    *,
+    by_class: bool = False,
+) -> Totals:
+    """The sums of the meters over the validation images of all ranks, maybe with those of each class.
 
     Logits are averaged over the `views` of each image. The shares of the ranks may be uneven: `network` is not wrapped in DDP,
     so the ranks exchange nothing before the sums.
     """
     ranks.broadcast_buffers(network)  # each rank has its own batch statistics; rank 0's are the ones that are saved
     totals = Totals.zero(accelerator.device)
+
+    def sums_of(logits: Tensor, targets: Tensor) -> Sums:
+        return objective.measure(logits, targets) | ({BY_CLASS: images_and_hits(logits, targets)} if by_class else {})
+
     network.eval()
     for images, targets in loader.val(size):
         with accelerator.autocast():
             logits = torch.stack([weight * network(view).float() for weight, view in tta_views(images, views)]).sum(0)
-        totals = totals.plus(objective.measure(logits, targets), len(targets))
+        totals = totals.plus(sums_of(logits, targets), len(targets))
     network.train()
     if not totals.sums:  # this rank's images are all bad: it adds sums of zero, in the shapes of the other ranks' sums
         like = torch.zeros(1, len(loader.source.classes), device=accelerator.device)
-        sums = objective.measure(like, loader.source.val.targets[:1].to(accelerator.device))
+        sums = sums_of(like, loader.source.val.targets[:1].to(accelerator.device))
         totals = totals.plus({name: 0 * each for name, each in sums.items()}, 0)
     totals = reduce_totals(totals, accelerator)
     images_seen, all_images = round(totals.images.item()), len(loader.source.val)
@@ -43,7 +69,7 @@ def evaluate(
     assert images_seen + left_out == all_images, (images_seen, left_out, all_images)
     if not images_seen:
         raise UserError(f"none of the {all_images:,} validation images can be used: run distrib scan")
-    return totals.values(objective.meters) | ({IMAGES: float(images_seen)} if left_out else {})
+    return totals
 
 
 def reduce_totals(totals: Totals, accelerator: Accelerator) -> Totals:

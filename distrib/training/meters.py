@@ -42,6 +42,15 @@ def hits(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits.argmax(1) == class_ids(targets)).sum()
 
 
+def images_and_hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """For each class its images, and how many of them have their largest logit there: (2, classes)."""
+    ids, classes = class_ids(targets), logits.shape[1]
+    found = torch.zeros(2, classes, dtype=torch.int64, device=logits.device)
+    found[0].index_add_(0, ids, torch.ones_like(ids))
+    found[1].index_add_(0, ids, (logits.argmax(1) == ids).long())
+    return found
+
+
 def hits_in_five(logits: Tensor, targets: Tensor) -> Tensor:
     """The number of images that have one of their five largest logits at their class."""
     return (logits.topk(5).indices == class_ids(targets)[:, None]).sum()
