@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from distrib.config import Config
     from distrib.data.source import Arrays, Source
     from distrib.errors import RunError, UserError
+    from distrib.inference.classifier import load
     from distrib.inference.evaluate import evaluate
     from distrib.run import train
     from distrib.training.meters import Meter
@@ -22,11 +23,12 @@ PUBLIC = {
     "Source": "distrib.data.source",
     "UserError": "distrib.errors",
     "evaluate": "distrib.inference.evaluate",
+    "load": "distrib.inference.classifier",
     "train": "distrib.run",
 }
 
 __all__ = [
-    "Arrays", "Config", "CrossEntropy", "Meter", "Objective", "RunError", "Source", "UserError", "evaluate", "train",
+    "Arrays", "Config", "CrossEntropy", "Meter", "Objective", "RunError", "Source", "UserError", "evaluate", "load", "train",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
 
   distrib train [CONFIG.yaml] [key=value ...]   train on one device
   distrib evaluate RUN [data.KEY=value ...]     the accuracy of a run, by class
+  distrib predict RUN PATH...                   the classes of image files
   distrib scan DATA [data.KEY=value ...]        check the images in a folder or a table
   distrib runs [FOLDER]                         list the runs in a folder
   distrib scale [CONFIG.yaml] [key=value ...]   predict training on many GPUs
@@ -81,6 +82,27 @@ def evaluate(args: Sequence[str]) -> int:
     return exits.print_once(inference.as_json(found) if "--json" in args else "\n".join(inference.report(found)))
 
 
+def predict(args: Sequence[str]) -> int:
+    """Classify image files."""
+    from distrib.inference import predict as inference
+
+    if "--help" in args:
+        return exits.print_once(inference.USAGE)
+    words, top = [arg for arg in args if arg != "--json"], "1"
+    if "--top" in words:
+        at = words.index("--top")
+        _, top, *_ = [*words[at : at + 2], ""]
+        del words[at : at + 2]
+    odd = [word for word in words if word.startswith("--")]
+    if odd or len(words) < 2 or not top.isdecimal() or int(top) < 1:
+        mistake = f"unexpected argument {odd[0]!r}" if odd else "give a run and images"
+        raise UserError(f"{mistake}: distrib predict RUN PATH... [--top K] [--json]")
+    if env_world_size() > 1:
+        raise UserError("distrib predict runs in one process: start it without a launcher")
+    exits.print_lines(inference.lines(words[0], words[1:], int(top), as_json="--json" in args))
+    return 0
+
+
 def runs(args: Sequence[str]) -> int:
     """List the runs in a folder."""
     from distrib.reporting.runs import table
@@ -120,6 +142,7 @@ def scale(args: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
     "scan": scan,
     "runs": runs,
     "scale": scale,

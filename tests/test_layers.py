@@ -47,7 +47,7 @@ WITHIN = {  # the same inside a room
         ["connection"],
         ["environment", "stacks"],
     ],
-    "distrib/inference": [["evaluate"]],
+    "distrib/inference": [["evaluate", "predict"], ["classifier"]],
     "distrib/scale": [["prediction"], ["step"], ["network"], ["cluster"]],
 }
 DOORS = {

@@ -56,6 +56,9 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     if command == "distrib runs":
         (copy / "runs" / "one").mkdir(parents=True, exist_ok=True)
         (copy / "runs" / "one" / "status.json").write_text('{"state": "completed", "step": 1234}')
+    if command.startswith("distrib predict"):
+        training = next(each for each in COMMANDS if "run_dir=runs/photos" in each)
+        command = f"{training} epochs=1 batch_size=8 >&2 && {command}"
     if command.startswith("distrib evaluate"):
         command = f"distrib train run_dir=runs/single epochs=1 && {command}"
     extra = " ".join(short for words, short in SHORT.items() if words in command)
@@ -67,6 +70,7 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     said = {
         "--help": "batch_size",
         "distrib evaluate": "of 360 images",
+        "distrib predict": "photos/val/a/000.JPEG,",
         "--print-config": "name: cifar10",
         "distrib runs": "1,234",
         "distrib scan": "nothing is wrong",

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from distrib.command_line import dotted, with_values
-from distrib.config import OWN, Config
+from distrib.command_line import with_values
+from distrib.config import OWN
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source, data_differences
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.errors import UserError
+from distrib.inference.classifier import config_of, weights_of
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
-from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
+from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective
@@ -111,19 +112,13 @@ def as_json(found: Evaluation) -> str:
 
 def load_checkpoint(network: nn.Module, folder: Path, manifest: dict[str, Any]) -> None:
     """Load the weights of a checkpoint, or their moving average. Every rank must call this. Raises UserError."""
-    file = folder / (EMA if EMA in manifest["files"] else MODEL)
+    file = weights_of(folder, manifest)
     ranks.on_rank0(partial(refuse_damaged, folder))
     there = ranks.on_rank0(partial(shapes, file))
     differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in network.state_dict().items()})
     if differ:
         raise UserError(f"{folder} was saved with another network: {differ}")
     network.load_state_dict(dict(broadcast_file(file)))
-
-
-def config_of(manifest: dict[str, Any]) -> Config:
-    """The config of a run, with what it chose for auto."""
-    values = dict(dotted(manifest["config"])) | {key: manifest["chosen"][key] for key in ("precision", "compile")}
-    return with_values(Config(), values, "")
 
 
 def refuse_other_classes(folder: Path, manifest: dict[str, Any], source: Source) -> None:

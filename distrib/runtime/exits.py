@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -18,11 +19,17 @@ PATIENCE = 5.0  # seconds that rank 0 has to print an error before another rank 
 def print_once(text: str) -> int:
     """Print on rank 0; returns the exit code 0."""
     if env_rank() == 0:
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_lines([text])
     return 0
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines until the reader, such as `head`, has seen enough."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: Exception) -> int:

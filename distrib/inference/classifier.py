@@ -1,0 +1,103 @@
+"""A trained run as a classifier: its network, its classes, and the function from an image file to its pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distrib.command_line import dotted, with_values
+from distrib.config import LISTED, OWN, Config
+from distrib.data.augment import Normalize, tta_views
+from distrib.data.pixels import ImageSpec, pixels_of
+from distrib.errors import UserError
+from distrib.models.build import NetworkOrBuilder, build_model
+from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
+from distrib.training.precision import choose_precision
+from distrib.training.state import shapes, tensor_differences
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network, in evaluation mode, with what it needs to classify images as the evaluation of its run does."""
+
+    checkpoint: Path
+    config: Config
+    network: nn.Module
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    spec: ImageSpec
+    normalize: Normalize
+    device: torch.device
+
+    def pixels(self, file: str | Path | IO[bytes]) -> Tensor:
+        """The pixels of an image file, (channels, height, width) uint8. Raises OSError and UserError."""
+        return self.with_channels(pixels_of(file, self.spec, self.spec.center)[None])[0]
+
+    def with_channels(self, images: Tensor) -> Tensor:
+        """Images (n, 3, height, width) uint8 with the channels of the network: three, or one of grey."""
+        if self.shape[0] == 3:
+            return images
+        red, green, blue = images.int().unbind(1)
+        return ((19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16).to(torch.uint8)[:, None]  # as Pillow's L
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The logits, (n, classes), of images (n, channels, height, width) uint8, averaged over the run's `tta` views."""
+        dtype, precision = DTYPES.get(self.config.precision), self.config.precision
+        floats = self.normalize(images.to(self.device))
+        with torch.autocast(self.device.type, dtype=dtype, enabled=precision != "no"):
+            views = tta_views(floats, self.config.tta)
+            return torch.stack([weight * self.network(view).float() for weight, view in views]).sum(0)
+
+
+def config_of(manifest: dict[str, Any]) -> Config:
+    """The config of a run, with what it chose for auto."""
+    values = dict(dotted(manifest["config"])) | {key: manifest["chosen"][key] for key in ("precision", "compile")}
+    return with_values(Config(), values, "")
+
+
+def weights_of(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The file of a checkpoint's weights: of their moving average, if there is one."""
+    return folder / (EMA if EMA in manifest["files"] else MODEL)
+
+
+def load(run: str | Path, *, network: NetworkOrBuilder | None = None) -> Classifier:
+    """The best checkpoint of a run folder, or a checkpoint, as a classifier on this machine's first GPU, or on the CPU.
+
+    A `network` that was passed to train() must be passed again. Raises UserError, and RunError if a file cannot be read.
+    """
+    folder, manifest = best_checkpoint(Path(run))
+    refuse_damaged(folder)
+    config = config_of(manifest)
+    if network is None and config.model.name.startswith(OWN):
+        raise UserError(f"{folder} was trained with model.name={config.model.name}, an object: pass it to load() too")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_precision(config.precision, device)
+    channels, height, width = manifest["image"]["shape"]
+    if channels not in (1, 3):
+        raise UserError(f"{folder} was trained on images of {channels} channels: image files have 1 or 3")
+    classes = tuple(manifest["data"]["classes"])
+    built = build_model(config.model, (channels, height, width), len(classes), network, load=False)
+    there, own = shapes(weights_of(folder, manifest)), built.state_dict()
+    differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in own.items()})
+    if differ:
+        raise UserError(f"{folder} was saved with another network: {differ}")
+    built.load_state_dict(load_file(weights_of(folder, manifest)))
+    mean, std = (torch.tensor(manifest["image"][name], device=device) for name in ("mean", "std"))
+    files = config.data.name in LISTED.partition("=")[2].split("|")
+    spec = ImageSpec(height, width, config.data.fit, config.data.white, config.data.max_pixels)
+    return Classifier(
+        checkpoint=folder,
+        config=config,
+        network=built.to(device).eval(),
+        classes=classes,
+        shape=(channels, height, width),
+        spec=spec if files else ImageSpec(height, width, fit="crop" if config.data.name.startswith(OWN) else "stretch"),
+        normalize=Normalize(mean, std, width),
+        device=device,
+    )
