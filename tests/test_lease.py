@@ -156,6 +156,19 @@ def test_of_two_jobs_that_start_at_once_without_locks_one_goes_on(
         take(tmp_path).__enter__()
 
 
+def test_a_text_that_is_half_written_is_that_of_a_job(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lock").write_text('{"process": 1, "ho')
+    waits: list[float] = []
+    sleep = lease.time.sleep
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: (waits.append(seconds), sleep(seconds)))
+    with take(tmp_path):
+        assert waits  # until it was silent for long enough
+    (tmp_path / "lock").write_text("process 1 on a host\n")  # of an earlier version
+    waits.clear()
+    with take(tmp_path):
+        assert waits == []
+
+
 def test_a_full_disk_does_not_end_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -124,6 +124,14 @@ def test_the_same_workers_read_for_training_and_validation_in_turn(folder: DataC
     assert set(multiprocessing.active_children()) == before
 
 
+def test_workers_leave_no_open_file_behind(folder: DataConfig) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        with Workers(2) as started:
+            train(loader(folder, workers=started), range(2))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_reading_that_was_given_up_leaves_nothing_to_the_next_one(folder: DataConfig) -> None:
     with Workers(2) as started:
         opened = loader(folder, workers=started)

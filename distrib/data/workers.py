@@ -69,6 +69,11 @@ class SharedMemory:
     def _view(self, place: Place) -> memoryview:
         return memoryview(mmap.mmap(self.file, place.size, offset=place.start))
 
+    def close(self) -> None:
+        """Free the memory, when the last tensor in it is gone."""
+        self.view.cache_clear()
+        os.close(self.file)
+
 
 class Request(NamedTuple):
     """What a worker reads next, and where the images go."""
@@ -118,7 +123,7 @@ class Worker:
         self.process.join()
         self.requests.close()
         self.replies.close()
-        os.close(self.slots.file)
+        self.slots.close()
 
 
 def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemory) -> None:
@@ -157,8 +162,8 @@ class Workers:
     def __init__(self, number: int = 0, report: Path = Path()) -> None:
         self.workers, self.numbers = list[Worker](), count()
         self.inboxes: dict[int, list[deque[Result]]] = {}  # of each reading: the results of each worker
+        self.readers = SharedMemory() if number else None
         try:
-            self.readers = SharedMemory() if number else None
             with blocked_in_workers():
                 for each in range(number):
                     assert self.readers
@@ -174,6 +179,9 @@ class Workers:
         for worker in self.workers:
             worker.end()
         self.workers.clear()
+        if self.readers:
+            self.readers.close()
+            self.readers = None
 
     def give(self, reader: Reader) -> tuple[Place, ...]:
         """Give a reader to all workers, which share its large arrays; returns where it is."""

@@ -113,10 +113,12 @@ class Lease:
 
     def _read(self) -> dict[str, Any]:
         """What is in the file; empty if nothing is, or the text of an earlier version."""
-        with suppress(ValueError):
-            found = json.loads(os.pread(self.file, SIZE, 0))
-            return found if isinstance(found, dict) else {}
-        return {}
+        text = os.pread(self.file, SIZE, 0)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = {"half": text.hex()} if text.startswith(b"{") else {}  # read while it was written
+        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
         who = {
