@@ -34,6 +34,7 @@ PATHS = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.p
 ON_CPUS = {} if torch.cuda.device_count() >= 3 else {"CUDA_VISIBLE_DEVICES": ""}
 SCRIPTS = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"} | ON_CPUS  # for programs in tests/ that train as train.py does
 LONG = ("test_survival.py", "test_slurm.py")
+os.environ["OMP_NUM_THREADS"] = "1"  # with more, the threads of several tests wait for each other on a busy machine
 # nohup ignores the one, and a shell the other for programs in the background; programs that tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -66,6 +66,7 @@ def test_threads_are_the_cores_divided_among_the_ranks_of_a_machine_or_as_asked(
 
 
 def test_a_rank_that_is_a_task_of_slurm_takes_the_cores_of_that_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
     for name, value in {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "12"}.items():
         monkeypatch.setenv(name, value)
     assert threads_of_a_rank(local_ranks=4) == 12
