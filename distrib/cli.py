@@ -1,5 +1,6 @@
 """The command `distrib`. It reports mistakes in the command line before it imports torch."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -151,6 +152,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(args: Sequence[str]) -> int:
     """Run a command. Returns 0 if it completed or was stopped, 1 if it failed, 2 if the user made a mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # a file name may be no text
     try:
         if not args or args[0] in ("--help", "-h", "help"):
             return exits.print_once(USAGE)

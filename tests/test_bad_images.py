@@ -1,6 +1,7 @@
 """Images that cannot be used: skipped, counted and listed, the same on any number of ranks and workers."""
 
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ def test_a_run_skips_counts_and_lists_them_and_every_number_tells_of_how_many_im
     values = evaluate(tmp_path)
     assert values["images"] == 10
     assert read_status(tmp_path)["best"]["top1"] == pytest.approx(values["top1"])
+
+
+def test_a_bad_file_whose_name_is_no_text_is_listed_too(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pictures")
+    Path(os.fsdecode(os.fsencode(root) + b"/train/a/\xff.png")).write_bytes(b"")
+    keys = [*KEYS, f"data.root={root}", "data.workers=0", f"run_dir={tmp_path / 'run'}", "data.bad_images=skip"]
+    assert main(["train", *keys]) == 0
+    assert b"/train/a/\xff.png cannot be read" in (tmp_path / "run/bad_images.txt").read_bytes()
 
 
 def test_a_set_that_is_all_bad_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

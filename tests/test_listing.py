@@ -109,6 +109,9 @@ def test_images_of_all_suffixes_are_read_and_of_none(tmp_path: Path) -> None:
     found = listed(tmp_path)
     assert names(found.train, tmp_path / "train") == {"a/000.jpg", "b/000.jpg", *(f"a/{name}" for name in kinds)}
     assert found.notes == []
+    (tmp_path / "train/a/data.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+    (tmp_path / "train/a/film.mpg").write_bytes(b"\x00\x00\x01\xb3" + bytes(99))
+    assert listed(tmp_path).notes == ["left out: 1 .h5 files, 1 .mpg files"]
 
 
 def test_the_order_of_images_is_that_of_their_names_and_deeper_folders_belong_to_the_class(tmp_path: Path) -> None:
@@ -201,9 +204,10 @@ def test_the_same_images_are_held_out_of_a_table_as_of_a_folder(tmp_path: Path) 
         ("", r"has no rows of path,label"),
         ("a.jpg\nb.jpg\n", r"has no rows of path,label"),
         ("path,colour\na.jpg,x\n", r"has the columns path, colour: name those of the files path and label"),
-        ("path,label\na.jpg,x\nb.jpg\n", r"row 2 has 1 columns: \['b.jpg'\]"),
+        ("path,label\na.jpg,x\n\nb.jpg\n", r"line 4 has 1 columns: \['b.jpg'\]"),
+        ("path,label\na.jpg,x\nb.jpg, \n", r"line 3 lacks a path or a label: \['b.jpg', ' '\]"),
         ("path,label\na.jpg,x\nb.jpg,x\n", r"has one class only, x"),
-        ("path,label\nnowhere.jpg,x\na.jpg,y\n0.jpg,x\n1.jpg,y\n2.jpg,x\n", r".jpg does not exist"),
+        ("path,label\nnowhere.jpg,x\na.jpg,y\n0.jpg,x\n1.jpg,y\n2.jpg,x\n", r".jpg cannot be read: No such file or directory"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_in_a_line(tmp_path: Path, text: str, words: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import waits_refused
@@ -18,9 +19,10 @@ from distrib.data import loaders, workers
 from distrib.data.datasets import load_source
 from distrib.data.files import Reader
 from distrib.data.loaders import Batch, Loader, Resident, placement
-from distrib.data.source import Source
+from distrib.data.pixels import ImageSpec
+from distrib.data.source import Files, Source
 from distrib.data.steps import Share, Steps
-from distrib.data.workers import AHEAD, Workers, start_workers
+from distrib.data.workers import AHEAD, Stream, Workers, start_workers
 from distrib.errors import RunError, UserError
 from distrib.run import train as train_run
 from distrib.runtime import ranks
@@ -148,6 +150,42 @@ def test_a_worker_that_is_killed_is_named(folder: DataConfig) -> None:
         os.kill(started.workers[1].process.pid or 0, signal.SIGKILL)
         with pytest.raises(RunError, match="loader worker 1 of rank 0 was ended by SIGKILL: the machine may be out of memory"):
             train(loader(folder, workers=started), range(8))
+
+
+def test_a_worker_that_is_killed_while_its_replies_are_waiting_is_named(folder: DataConfig) -> None:
+    with Workers(1) as started:
+        batches = loader(folder, workers=started).train(range(50))
+        next(batches)
+        process = started.workers[0].process
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        with pytest.raises(RunError, match="loader worker 0 of rank 0 was ended by SIGKILL"):
+            list(batches)
+
+
+@pytest.mark.slow
+def test_a_rank_and_its_worker_never_wait_for_each_other_however_much_they_have_to_say(folder: DataConfig) -> None:
+    """Thousands of bad images in each share: neither their numbers nor their errors fit into a pipe."""
+    files = Files(np.array([os.fsencode(f"/nowhere/{i:090d}.png") for i in range(8000)]), torch.zeros(8000), ImageSpec(1, 1))
+    with Workers(1) as started:
+        stream = Stream(Reader(files, skip=True), started, pinned=False)
+        shares = [Share(0, torch.arange(8000)) for _ in range(6)]
+        assert [len(images) for _, images in stream.read(shares)] == [0] * 6
+
+
+def test_a_worker_says_nothing_when_its_rank_ends_at_once(folder: DataConfig) -> None:
+    """The process of this test is forked, and ends as a rank does that lost another one."""
+    read, write = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        os.dup2(write, 2)
+        with Workers(1) as started:
+            next(loader(folder, workers=started).train(range(8)))
+            os._exit(3)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == 3
+    with os.fdopen(read) as said:
+        assert said.read() == ""  # to the end: until the worker has ended too
 
 
 def test_an_error_in_a_worker_is_told_with_its_traceback(

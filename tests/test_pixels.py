@@ -1,5 +1,6 @@
 """Pixels of pictures as people have them: turned, transparent, grey in many bits, of any shape and size."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,29 @@ def test_grey_of_many_bits_is_never_black(tmp_path: Path, kind: str) -> None:
         assert (show(tmp_path / "full.tif", ImageSpec(48, 72, "stretch")).float() - eight).abs().max() <= 1.01
         with pytest.raises(UserError, match=r"it has grey values below 6% of the largest possible one, .*set data.white"):
             show(tmp_path / "dark.tif")
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_are_read_in_both_orders_of_bytes(tmp_path: Path, order: str) -> None:
+    values = np.arange(0, 64 * 1024, 1024, dtype=np.uint16).reshape(8, 8)
+    pixels = values.astype(order).tobytes()
+    tags = {256: 8, 257: 8, 258: 16, 259: 1, 262: 1, 273: 128, 277: 1, 278: 8, 279: 128}  # of TIFF; the pixels are at 128
+    end = order[0]
+    head = struct.pack(f"{end}2sHIH", b"II" if end == "<" else b"MM", 42, 8, len(tags))
+    head += b"".join(struct.pack(f"{end}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    (tmp_path / "a.tif").write_bytes(head.ljust(128, b"\0") + pixels)
+    [shown, *_] = show(tmp_path / "a.tif", ImageSpec(8, 8, "stretch"))
+    assert torch.equal(shown, torch.from_numpy((values >> 8).astype(np.uint8)))
+
+
+def test_an_error_of_any_kind_in_a_decoder_means_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise NotImplementedError("a kind of DDS")
+
+    Image.fromarray(corners()).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "crop", fail)
+    with pytest.raises(ValueError, match="NotImplementedError: a kind of DDS"):
+        show(tmp_path / "a.png")
 
 
 def test_twelve_bits_in_sixteen_are_as_bright_as_the_set_says(tmp_path: Path) -> None:

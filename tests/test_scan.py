@@ -59,6 +59,15 @@ def test_images_to_train_on_that_are_validated_too_are_listed(tmp_path: Path, ca
     ]
 
 
+def test_a_file_that_is_missing_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures(tmp_path)
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(tmp_path.rglob("*.png"))]
+    (tmp_path / "labels.csv").write_text("\n".join([*rows, "gone.png,a"]))
+    code, lines = scanned(capsys, tmp_path / "labels.csv")
+    assert code == 1
+    assert f"  {tmp_path}/gone.png: No such file or directory" in lines
+
+
 def test_a_table_is_scanned_too_and_a_long_list_of_classes_is_shortened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,16 +158,19 @@ def list_table(file: Path, holdout: float, *, given: bool) -> Listing:
         with file.open(newline="", encoding="utf-8-sig") as text:
             sample = text.read(1 << 16)
             text.seek(0)
-            rows = [row for row in csv.reader(text, delimiter=delimiter_of(sample)) if any(row)]
+            reader = csv.reader(text, delimiter=delimiter_of(sample))
+            lines = [(reader.line_num, row) for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
             raise
         raise UserError(f"data.root={file} cannot be read as a table: {one_line(error)}") from None
-    path, label, split = columns_of(rows, file)
+    path, label, split = columns_of(lines, file)
     of_split: dict[str, list[tuple[str, str]]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in lines:
         if len(row) <= max(path, label, split or 0):
-            raise UserError(f"data.root={file}: row {number} has {len(row)} columns: {row}")
+            raise UserError(f"data.root={file}: line {number} has {len(row)} columns: {row}")
+        if not row[path].strip() or not row[label].strip():
+            raise UserError(f"data.root={file}: line {number} lacks a path or a label: {row}")
         image = os.path.join(file.parent, os.path.expanduser(row[path].strip()))
         name = row[split].strip().lower() if split is not None else ""
         of_split.setdefault("train" if name in ("", "train", "training") else name, []).append(
@@ -189,17 +192,17 @@ def delimiter_of(sample: str) -> str:
     return max(",;\t", key=line.count)
 
 
-def columns_of(rows: list[list[str]], file: Path) -> tuple[int, int, int | None]:
-    """The columns of path, label and split. Removes the row of titles, if there is one. Raises UserError."""
-    if not rows or len(rows[0]) < 2:
+def columns_of(lines: list[tuple[int, list[str]]], file: Path) -> tuple[int, int, int | None]:
+    """The columns of path, label and split. Removes the line of titles, if there is one. Raises UserError."""
+    if not lines or len(lines[0][1]) < 2:
         raise UserError(f"data.root={file} has no rows of path,label")
-    titles = [cell.strip().lower() for cell in rows[0]]
+    titles = [cell.strip().lower() for cell in lines[0][1]]
     found = [next((i for i, title in enumerate(titles) if title in names), None) for names in (PATHS, LABELS, SPLITS)]
     if found[0] is None and found[1] is None:
-        return 0, 1, 2 if len(rows[0]) > 2 else None
+        return 0, 1, 2 if len(titles) > 2 else None
     if found[0] is None or found[1] is None:
         raise UserError(f"data.root={file} has the columns {words(titles)}: name those of the files path and label")
-    del rows[0]
+    del lines[0]
     return found[0], found[1], found[2]
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from distrib.errors import UserError
+from distrib.errors import UserError, one_line
 
 VIEW = 0.875  # fraction of the largest crop that validation shows, as in most ImageNet recipes
 MARGIN = (124, 116, 104)  # the color around an image if fit=pad: the mean of ImageNet
@@ -39,12 +39,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 
 # Names of files that Pillow may decode; not of films, of science data, or of what needs other programs.
+OTHERS = ("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "FITS")
 Image.init()
-SUFFIXES = {
-    suffix
-    for suffix, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("MPEG", "HDF5", "GRIB", "BUFR", "WMF", "EPS", "FITS")
-}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in OTHERS}
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ class ImageSpec:
 def is_image(path: str) -> bool:
     """Whether the first bytes of a file are those of an image. Raises OSError if it cannot be read."""
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:
+            return image.format not in OTHERS
     except (UnidentifiedImageError, SyntaxError, ValueError):
         return False
 
@@ -98,8 +95,17 @@ def is_image(path: str) -> bool:
 def pixels_of(file: str | Path | IO[bytes], spec: ImageSpec, choose: Callable[[int, int], Box]) -> Tensor:
     """The pixels of an image file, (3, height, width) uint8. `choose(width, height)` returns the box that is shown.
 
-    Raises OSError if the file cannot be read or is no image, and UserError if it is one that cannot be shown.
+    Raises OSError or ValueError if the file cannot be read or is no image, and UserError if it is one that cannot be shown.
     """
+    try:
+        return decoded(file, spec, choose)
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise errors of many kinds for damaged files
+        raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def decoded(file: str | Path | IO[bytes], spec: ImageSpec, choose: Callable[[int, int], Box]) -> Tensor:
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged tags, which do no harm
         if image.width * image.height > spec.max_pixels:
             size = f"{image.width:,} x {image.height:,} pixels"
@@ -171,8 +177,8 @@ def values_of_grey(image: Image.Image, spec: ImageSpec) -> Callable[[Any], Tenso
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if not sixteen and image.mode not in ("I", "F"):
         return None
-    extrema: Any = image.getextrema()
-    low, high = extrema
+    values = np.asarray(image)  # Pillow's own getextrema does not know all kinds
+    low, high = values.min().item(), values.max().item()
     white = spec.white or (65535 if sixteen else 1 if image.mode == "F" and low >= 0 and high <= 1 else 0)
     if not white or (high < DARK * white and not spec.white):
         kind = "grey values" if not white else f"grey values below {DARK:.0%} of the largest possible one, {white:,}"

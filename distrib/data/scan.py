@@ -48,7 +48,7 @@ def look_at(path: str, spec: ImageSpec) -> Look:
         pixels_of(path, spec, lambda width, height: (0, 0, width, height))
         return Look(size, kind)
     except (OSError, SyntaxError, ValueError) as error:
-        return Look(size, kind, one_line(error).replace(f" {path!r}", ""))
+        return Look(size, kind, getattr(error, "strerror", None) or one_line(error).replace(f" {path!r}", ""))
 
 
 def scan(args: Sequence[str]) -> tuple[list[str], bool]:
@@ -67,7 +67,7 @@ def scan(args: Sequence[str]) -> tuple[list[str], bool]:
             for look in pool.map(look_at, paths, [files.spec] * len(paths), chunksize=16):
                 looks[split].append(look)
                 bar.update()
-    wrong = [*bad_images(splits, looks), *in_both(splits)]
+    wrong = [*bad_images(splits, looks), *in_both(splits, looks)]
     return [*summary(source, looks), *source.notes, *(wrong or ["nothing is wrong"])], not wrong
 
 
@@ -115,21 +115,21 @@ def bad_images(splits: dict[str, Files], looks: dict[str, list[Look]]) -> Iterat
             yield from (f"  {files.name_of(number)}: {look.why}" for number, look in bad)
 
 
-def in_both(splits: dict[str, Files]) -> Iterator[str]:
-    """Files of the validation set that have the bytes of a file of the training set."""
+def in_both(splits: dict[str, Files], looks: dict[str, list[Look]]) -> Iterator[str]:
+    """Usable files of the validation set that have the bytes of a file of the training set."""
+    train, val = (
+        [splits[name].name_of(number) for number, look in enumerate(looks[name]) if not look.why] for name in ("train", "val")
+    )
     by_size: dict[int, list[str]] = {}
-    for number in range(len(splits["train"])):
-        path = splits["train"].name_of(number)
+    for path in train:
         by_size.setdefault(os.path.getsize(path), []).append(path)
-    found = []
-    hashes: dict[int, dict[str, str]] = {}  # of the training files of a size
-    for number in range(len(splits["val"])):
-        path = splits["val"].name_of(number)
+    found, hashes = list[str](), dict[int, dict[str, str]]()  # of the training files of a size
+    for path in val:
         size = os.path.getsize(path)
-        if size in by_size:
-            known = hashes.setdefault(size, {sha256(each): each for each in by_size[size]})
-            if (twin := known.get(sha256(path))) is not None:
-                found.append(f"  {path} = {twin}")
+        if size in by_size and size not in hashes:
+            hashes[size] = {sha256(each): each for each in by_size[size]}
+        twin = hashes[size].get(sha256(path)) if size in by_size else None
+        found += [f"  {path} = {twin}"] if twin else []
     if found:
         yield f"{len(found):,} validation images are also training images, so their accuracy means nothing:"
         yield from found

@@ -4,19 +4,20 @@ They are forked before CUDA and the collectives start, because neither survives 
 later, through the same kind of memory as the images: anonymous files (memfd), since /dev/shm is small in many containers.
 """
 
-import mmap
 import multiprocessing
-import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import count, cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from distrib.config import AUTO, Config, applies
 from distrib.data.files import BadImage, Reader
-from distrib.data.pixels import ImageSpec
+from distrib.data.shared_memory import Place, SharedMemory, images_in
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
 from distrib.errors import RunError, UserError, one_line
@@ -38,41 +39,6 @@ MOST = 16  # workers of a rank if data.workers=auto
 
 
 Result = dict[int, BadImage] | Exception  # of a request
-
-
-class Place(NamedTuple):
-    """A range of bytes in a SharedMemory."""
-
-    start: int
-    size: int
-
-
-class SharedMemory:
-    """An anonymous file that several processes map. It only grows. The kernel frees it when the last process ends."""
-
-    def __init__(self) -> None:
-        self.file, self.size = os.memfd_create("distrib"), 0
-        self.view = cache(self._view)
-
-    def allocate(self, size: int) -> Place:
-        """Add a range of bytes. Raises OSError."""
-        place = Place(self.size, max(1, size))
-        os.posix_fallocate(self.file, *place)  # raises an error here; writing without memory would be a SIGBUS
-        self.size += -(-place.size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        return place
-
-    def put(self, data: bytes | memoryview) -> Place:
-        place = self.allocate(len(data))
-        self.view(place)[: len(data)] = data
-        return place
-
-    def _view(self, place: Place) -> memoryview:
-        return memoryview(mmap.mmap(self.file, place.size, offset=place.start))
-
-    def close(self) -> None:
-        """Free the memory, when the last tensor in it is gone."""
-        self.view.cache_clear()
-        os.close(self.file)
 
 
 class Request(NamedTuple):
@@ -106,17 +72,27 @@ class Worker:
         requests.close()
         replies.close()
 
+    def send(self, request: Request) -> None:
+        """Send a request. Raises RunError if the process has ended."""
+        try:
+            self.requests.send(request)
+        except OSError:
+            raise self._death() from None
+
     def receive(self) -> tuple[int, Result] | str:
         """The next reply: the number of its reading, and its result; or a warning. Raises RunError if the process has ended."""
         try:
             reply: tuple[int, Result] | str = self.replies.recv()
             return reply
         except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has exited with code {code}"
-            hint = ": the machine may be out of memory" if code == -signal.SIGKILL else ""
-            raise RunError(f"loader worker {self.number} of rank {env_rank()} {how}{hint}") from None
+            raise self._death() from None
+
+    def _death(self) -> RunError:
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has exited with code {code}"
+        hint = ": the machine may be out of memory" if code == -signal.SIGKILL else ""
+        return RunError(f"loader worker {self.number} of rank {env_rank()} {how}{hint}")
 
     def end(self) -> None:
         self.process.terminate()
@@ -135,9 +111,11 @@ def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemor
         reader: Reader = pickle.loads(data, buffers=buffers)
         return reader
 
+    queue = SimpleQueue[Request | None]()
+    # A thread receives, so that the rank can always send: otherwise each might wait for the other, both with a full pipe.
+    threading.Thread(target=receive_all, args=(requests, queue), daemon=True).start()
     disk.retries.report = lambda text: replies.send(text)
-    while True:
-        request: Request = requests.recv()
+    while request := queue.get():
         try:
             reader = load(request.reader)
             images = images_in(slots.view(request.slot), len(request.images), reader.files.spec)
@@ -147,13 +125,18 @@ def serve(requests: Any, replies: Any, readers: SharedMemory, slots: SharedMemor
         except Exception as error:
             traceback.print_exc()
             result = RunError(f"a loader worker of rank {env_rank()} failed: {type(error).__name__}: {one_line(error)}")
-        replies.send((request.reading, result))
+        try:
+            replies.send((request.reading, result))
+        except OSError:  # the rank has ended
+            return
 
 
-def images_in(memory: memoryview, number: int, spec: ImageSpec) -> Tensor:
-    """The first `number` images in shared memory: (number, 3, height, width) uint8, channels last."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=number * spec.height * spec.width * 3)
-    return flat.view(number, spec.height, spec.width, 3).permute(0, 3, 1, 2)
+def receive_all(requests: Any, queue: "SimpleQueue[Request | None]") -> None:
+    """Put requests into a queue until the rank ends; then None."""
+    with suppress(EOFError, OSError):
+        while True:
+            queue.put(requests.recv())
+    queue.put(None)
 
 
 class Workers:
@@ -274,7 +257,7 @@ class Stream:
             if slot is None or slot.size < needed:
                 slot = self.slots[worker.number, turn] = worker.slots.allocate(needed)
             # As a list: it takes 0.3 ms to a worker. A tensor takes 1.6 ms, since it gets a shared memory file.
-            worker.requests.send(Request(reading, self.places, slot, share.epoch, chunk.tolist()))
+            worker.send(Request(reading, self.places, slot, share.epoch, chunk.tolist()))
             memory.append(images_in(worker.slots.view(slot), len(chunk), spec))
         return memory
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from distrib.command_line import with_values
-from distrib.config import OWN
+from distrib.config import OWN, refuse_keys_that_do_not_apply
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source, data_differences
@@ -37,6 +38,7 @@ class Evaluation(NamedTuple):
     classes: tuple[str, ...]
     images: list[int]
     hits: list[int]
+    notes: tuple[str, ...]  # on the data
 
 
 def evaluate(
@@ -66,6 +68,7 @@ def evaluate_classes(
     """What `evaluate` returns, and the result of each class. `keys` of data, such as data.root, replace those of the run."""
     folder, manifest = best_checkpoint(Path(run))
     config = with_values(config_of(manifest), keys, "")
+    refuse_keys_that_do_not_apply(config, {*keys})
     disk.retries = disk.Retries(limit=config.limits.read)
     for section, given in (("data", source), ("model", network), ("objective", objective)):
         name = getattr(config, section).name
@@ -73,6 +76,8 @@ def evaluate_classes(
             raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to evaluate() too")
     with start_workers(config, source) as workers, ranks.connected(config) as channel:
         source = source or load_shared(config.data)
+        mean, std = (tuple(manifest["image"][name]) for name in ("mean", "std"))
+        source = replace(source, mean=mean, std=std)  # as in training
         refuse_other_classes(folder, manifest, source)
         agree_on_precision(config.precision, ranks.device())
         accelerator = make_accelerator(config)
@@ -85,7 +90,9 @@ def evaluate_classes(
         objective, size = objective or build_objective(config), max(1, config.batch_size // world)
         totals = evaluation.measure(built, loader, objective, accelerator, size, config.tta, by_class=True)
     images, hits = totals.sums[evaluation.BY_CLASS].long().tolist()
-    return Evaluation(folder, evaluation.values_of(totals, objective, len(source.val)), source.classes, images, hits)
+    return Evaluation(
+        folder, evaluation.values_of(totals, objective, len(source.val)), source.classes, images, hits, source.notes
+    )
 
 
 def report(found: Evaluation) -> list[str]:
@@ -95,10 +102,14 @@ def report(found: Evaluation) -> list[str]:
     width = max(5, *map(len, found.classes))
     rows = sorted(zip(found.classes, found.images, found.hits, strict=True), key=lambda row: row[2] / max(1, row[1]))
     lines.append(f"{'class':<{width}}  {'images':>8}  {'right':>8}  {'%':>6}")
-    return lines + [
-        f"{name:<{width}}  {images:>8,}  {hits:>8,}  {f'{100 * hits / images:.2f}' if images else '-':>6}"
-        for name, images, hits in rows
-    ]
+    return (
+        [f"data: {note}" for note in found.notes]
+        + lines
+        + [
+            f"{name:<{width}}  {images:>8,}  {hits:>8,}  {f'{100 * hits / images:.2f}' if images else '-':>6}"
+            for name, images, hits in rows
+        ]
+    )
 
 
 def as_json(found: Evaluation) -> str:

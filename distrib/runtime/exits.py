@@ -25,11 +25,12 @@ def print_once(text: str) -> int:
 
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines until the reader, such as `head`, has seen enough."""
-    try:
-        for line in lines:
+    for line in lines:
+        try:
             print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
 
 
 def report(error: Exception) -> int:

@@ -117,7 +117,7 @@ def report_bad_images(run: Run) -> None:
     if run.accelerator.is_main_process and found - run.bad_images:
         run.bad_images.update(found)
         with suppress(OSError):  # a full disk must not end the run
-            known = set(file.read_text().splitlines()) if file.exists() else set()
-            with file.open("a") as lines:
+            known = set(file.read_text("utf-8", "surrogateescape").splitlines()) if file.exists() else set()
+            with file.open("a", encoding="utf-8", errors="surrogateescape") as lines:
                 lines.writelines(f"{line}\n" for line in sorted(found - known))
         run.log.warn(f"{len(run.bad_images):,} images cannot be used, so others replace them; {file} lists them")
