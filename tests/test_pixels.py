@@ -178,6 +178,7 @@ def test_a_picture_of_any_shape_has_the_size_that_was_asked_for(tmp_path: Path, 
         assert show(tmp_path / f"a.{suffix}", ImageSpec(16, 24, fit)).shape == (3, 16, 24)
 
 
+@pytest.mark.slow
 def test_huge_pictures_and_long_texts_are_read_up_to_max_pixels(tmp_path: Path) -> None:
     """Pillow refuses both; the first has 196 million pixels."""
     Image.new("1", (14000, 14000), 1).save(tmp_path / "huge.png")
