@@ -243,6 +243,7 @@ def start(launcher: list[str], *args: str, timeout: float = 600, **variables: st
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [*launcher, *args]
     environment = os.environ | ON_CPUS | {"PATH": path} | variables
+    del environment["OMP_NUM_THREADS"]  # as most users have it
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
