@@ -7,8 +7,6 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 from distrib.errors import UserError
 from distrib.schema import AUTO, Checked, key
 
-__all__ = ["AUTO"]
-
 OWN = "own:"  # prefix of the name of an object that was passed to train()
 
 IN_MEMORY = "data.name=digits|mnist|fashion_mnist|cifar10|cifar100|own"

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distrib.config import AUTO, OWN, Config, keys_changed, refuse_keys_that_do_not_apply
+from distrib.config import OWN, Config, keys_changed, refuse_keys_that_do_not_apply
 from distrib.data.loaders import Batch, Loader
 from distrib.data.sharing import agreed_fingerprint, load_shared
 from distrib.data.source import Arrays, Source
@@ -31,6 +31,7 @@ from distrib.runtime.status import Status
 from distrib.runtime.stop_vote import StopVote
 from distrib.runtime.stopwatch import Stopwatch
 from distrib.runtime.watchdog import Watchdog
+from distrib.schema import AUTO
 from distrib.training import memory
 from distrib.training.context import Run
 from distrib.training.format1 import upgrade

@@ -1,6 +1,6 @@
 """Augmentation of whole uint8 batches, on the device. An image's augmentation is a function of (seed, epoch, image)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,11 @@ def tta_views(images: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
     for weight, each in shown:
         for side in (each, each.flip(3)) if count > 1 else (each,):
             yield weight / sum(other for other, _ in shown) / min(count, 2), side.contiguous(memory_format=torch.channels_last)
+
+
+def mean_logits(network: Callable[[Tensor], Tensor], images: Tensor, views: int) -> Tensor:
+    """The logits of normalised images, (n, classes), averaged over so many views of each."""
+    return torch.stack([weight * network(view).float() for weight, view in tta_views(images, views)]).sum(0)
 
 
 class Normalize:

@@ -20,9 +20,9 @@ from distrib.data import SOURCES
 from distrib.data.listing import Listing, list_folder, list_table
 from distrib.data.pixels import ImageSpec
 from distrib.data.source import Arrays, Files, Source
-from distrib.errors import UserError
+from distrib.errors import DiskError, UserError
 from distrib.registry import lookup, refuse_unknown
-from distrib.runtime.disk import cannot_be_read, is_temporary, try_again
+from distrib.runtime.disk import read_from
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -59,10 +59,10 @@ def find_or_download(kind: Any, config: DataConfig, train: bool, download: bool)
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        return try_again(lambda: kind(config.root, train=train, download=download))
+        return read_from(config.root, lambda: kind(config.root, train=train, download=download))
+    except DiskError:
+        raise
     except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
-        if isinstance(error, OSError) and is_temporary(error):
-            raise cannot_be_read(config.root, error) from None
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{config.name} is missing or incomplete in {Path(config.root).absolute()}, and could not be downloaded: {why}. "
@@ -113,10 +113,8 @@ def table(config: DataConfig, download: bool) -> Source:
 def of_files(list_images: Callable[..., Listing], config: DataConfig) -> Source:
     root, given = Path(config.root), config.holdout != DataConfig.holdout
     try:
-        listing = try_again(lambda: list_images(root, config.holdout, given=given))
+        listing = read_from(root, lambda: list_images(root, config.holdout, given=given))
     except OSError as error:
-        if is_temporary(error):
-            raise cannot_be_read(root, error) from None
         raise UserError(f"data.root={root} cannot be read: {error.strerror} ({error.filename})") from None
     classes = listing.classes()
     numbers = {name: number for number, name in enumerate(classes)}

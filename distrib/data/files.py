@@ -12,7 +12,7 @@ from distrib.data.pixels import pixels_of
 from distrib.data.source import Files
 from distrib.data.steps import CROP, REPLACE, fold, noise
 from distrib.errors import UserError
-from distrib.runtime.disk import cannot_be_read, is_temporary, try_again
+from distrib.runtime.disk import read_from
 
 TRIES = 100  # images that may replace a bad one, of which all are bad too
 
@@ -71,10 +71,8 @@ class Reader:
         path, spec, area = self.files.name_of(number), self.files.spec, self.crop_area
         choose = spec.center if area is None else lambda width, height: spec.random(width, height, area, drawn)
         try:
-            return try_again(lambda: pixels_of(path, spec, choose))
+            return read_from(path, lambda: pixels_of(path, spec, choose))
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from None
         except (OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, OSError) and is_temporary(error):
-                raise cannot_be_read(path, error) from None
             raise UserError(f"{path} cannot be read as an image: {error}") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distrib.data.pixels import ImageSpec
 from distrib.errors import UserError, one_line
-from distrib.runtime.disk import cannot_be_read, is_temporary, try_again
+from distrib.runtime.disk import read_from
 
 READERS = 16  # threads that read file sizes: on a network file system, most of that is waiting
 
@@ -45,10 +45,8 @@ class Arrays:
 def size_of(path: bytes) -> int:
     """The size of a file in bytes. Raises UserError, and DiskError."""
     try:
-        return try_again(lambda: os.path.getsize(path))
+        return read_from(os.fsdecode(path), lambda: os.path.getsize(path))
     except OSError as error:
-        if is_temporary(error):
-            raise cannot_be_read(os.fsdecode(path), error) from None
         raise UserError(f"{os.fsdecode(path)} cannot be read: {error.strerror}") from None
 
 

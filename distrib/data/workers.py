@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distrib.config import AUTO, Config, applies
+from distrib.config import Config, applies
 from distrib.data.files import BadImage, Reader
 from distrib.data.shared_memory import Place, SharedMemory, images_in
 from distrib.data.source import Arrays, Source
@@ -33,6 +33,7 @@ from distrib.runtime import disk
 from distrib.runtime.environment import cores_of_a_rank, env_local_world_size, env_rank
 from distrib.runtime.signals import blocked_in_workers, guard_worker
 from distrib.runtime.stacks import stack_report
+from distrib.schema import AUTO
 
 AHEAD = 4  # shares that workers read ahead
 MOST = 16  # workers of a rank if data.workers=auto

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distrib.command_line import dotted, with_values
 from distrib.config import LISTED, OWN, Config
-from distrib.data.augment import Normalize, tta_views
+from distrib.data.augment import Normalize, mean_logits
 from distrib.data.pixels import ImageSpec, pixels_of
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
@@ -51,8 +51,7 @@ class Classifier:
         dtype, precision = DTYPES.get(self.config.precision), self.config.precision
         floats = self.normalize(images.to(self.device))
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision != "no"):
-            views = tta_views(floats, self.config.tta)
-            return torch.stack([weight * self.network(view).float() for weight, view in views]).sum(0)
+            return mean_logits(self.network, floats, self.config.tta)
 
 
 def config_of(manifest: dict[str, Any]) -> Config:
@@ -64,6 +63,13 @@ def config_of(manifest: dict[str, Any]) -> Config:
 def weights_of(folder: Path, manifest: dict[str, Any]) -> Path:
     """The file of a checkpoint's weights: of their moving average, if there is one."""
     return folder / (EMA if EMA in manifest["files"] else MODEL)
+
+
+def refuse_another_network(folder: Path, there: dict[str, Any], network: nn.Module) -> None:
+    """Raise UserError unless the tensors of a checkpoint, by their `shapes`, are those of a network."""
+    differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in network.state_dict().items()})
+    if differ:
+        raise UserError(f"{folder} was saved with another network: {differ}")
 
 
 def load(run: str | Path, *, network: NetworkOrBuilder | None = None) -> Classifier:
@@ -83,10 +89,7 @@ def load(run: str | Path, *, network: NetworkOrBuilder | None = None) -> Classif
         raise UserError(f"{folder} was trained on images of {channels} channels: image files have 1 or 3")
     classes = tuple(manifest["data"]["classes"])
     built = build_model(config.model, (channels, height, width), len(classes), network, load=False)
-    there, own = shapes(weights_of(folder, manifest)), built.state_dict()
-    differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in own.items()})
-    if differ:
-        raise UserError(f"{folder} was saved with another network: {differ}")
+    refuse_another_network(folder, shapes(weights_of(folder, manifest)), built)
     built.load_state_dict(load_file(weights_of(folder, manifest)))
     mean, std = (torch.tensor(manifest["image"][name], device=device) for name in ("mean", "std"))
     files = config.data.name in LISTED.partition("=")[2].split("|")

@@ -18,7 +18,7 @@ from distrib.data.source import Source, data_differences
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.errors import UserError
-from distrib.inference.classifier import config_of, weights_of
+from distrib.inference.classifier import config_of, refuse_another_network, weights_of
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged
@@ -27,7 +27,7 @@ from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective
 from distrib.training.parallel import make_accelerator
 from distrib.training.precision import agree_on_precision
-from distrib.training.state import broadcast_file, shapes, tensor_differences
+from distrib.training.state import broadcast_file, shapes
 
 
 class Evaluation(NamedTuple):
@@ -125,10 +125,7 @@ def load_checkpoint(network: nn.Module, folder: Path, manifest: dict[str, Any]) 
     """Load the weights of a checkpoint, or their moving average. Every rank must call this. Raises UserError."""
     file = weights_of(folder, manifest)
     ranks.on_rank0(partial(refuse_damaged, folder))
-    there = ranks.on_rank0(partial(shapes, file))
-    differ = tensor_differences(there, {name: (each.shape, each.dtype) for name, each in network.state_dict().items()})
-    if differ:
-        raise UserError(f"{folder} was saved with another network: {differ}")
+    refuse_another_network(folder, ranks.on_rank0(partial(shapes, file)), network)
     network.load_state_dict(dict(broadcast_file(file)))
 
 

@@ -81,6 +81,12 @@ def is_temporary(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in TEMPORARY
 
 
-def cannot_be_read(path: str | Path, error: OSError) -> DiskError:
-    """The error of a run after the last try to read a file."""
-    return DiskError(f"{path} cannot be read: {error.strerror or error}, after {retries.limit:g} s of tries (limits.read)")
+def read_from(path: str | Path, read: Callable[[], T]) -> T:
+    """The result of `read`, which is tried again as in `try_again`. Raises DiskError after the last try, and other OSErrors."""
+    try:
+        return try_again(read)
+    except OSError as error:
+        if not is_temporary(error):
+            raise
+        why = f"{error.strerror or error}, after {retries.limit:g} s of tries (limits.read)"
+        raise DiskError(f"{path} cannot be read: {why}") from None

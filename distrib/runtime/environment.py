@@ -11,8 +11,9 @@ from typing import Any
 
 import psutil
 
-from distrib.config import AUTO, Config
+from distrib.config import Config
 from distrib.errors import UserError
+from distrib.schema import AUTO
 
 # Settings of accelerate for other kinds of training than distrib's.
 OTHER_WAYS = {

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from distrib.data.augment import tta_views
+from distrib.data.augment import mean_logits
 from distrib.data.loaders import Loader
 from distrib.errors import UserError
 from distrib.runtime import ranks
@@ -56,7 +56,7 @@ def measure(
     network.eval()
     for images, targets in loader.val(size):
         with accelerator.autocast():
-            logits = torch.stack([weight * network(view).float() for weight, view in tta_views(images, views)]).sum(0)
+            logits = mean_logits(network, images, views)
         totals = totals.plus(sums_of(logits, targets), len(targets))
     network.train()
     if not totals.sums:  # this rank's images are all bad: it adds sums of zero, in the shapes of the other ranks' sums

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from distrib.command_line import dotted
-from distrib.config import AUTO, Config, changed_midway, differences, nested, values_that_apply
+from distrib.config import Config, changed_midway, differences, nested, values_that_apply
 from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
 from distrib.runtime import ranks
 from distrib.runtime.attempts import commit
 from distrib.runtime.checkpoint import latest_manifest
 from distrib.runtime.run_folder import refuse, refuse_another_config
+from distrib.schema import AUTO
 from distrib.training.objective import Objective
 from distrib.training.optim import build_schedule
 from distrib.training.precision import agree_on_precision

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module
 
-from distrib.config import AUTO
 from distrib.data.loaders import Batch
 from distrib.errors import RunError, UserError, one_line
 from distrib.runtime import ranks
 from distrib.runtime.status import read_status
+from distrib.schema import AUTO
 from distrib.training.state import TrainState
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
