@@ -14,7 +14,7 @@ from distrib.data.augment import Normalize, mean_logits
 from distrib.data.pixels import ImageSpec, pixels_of
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
-from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
+from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 from distrib.training.precision import choose_precision
 from distrib.training.state import shapes, tensor_differences
 
@@ -58,11 +58,6 @@ def config_of(manifest: dict[str, Any]) -> Config:
     """The config of a run, with what it chose for auto."""
     values = dict(dotted(manifest["config"])) | {key: manifest["chosen"][key] for key in ("precision", "compile")}
     return with_values(Config(), values, "")
-
-
-def weights_of(folder: Path, manifest: dict[str, Any]) -> Path:
-    """The file of a checkpoint's weights: of their moving average, if there is one."""
-    return folder / (EMA if EMA in manifest["files"] else MODEL)
 
 
 def refuse_another_network(folder: Path, there: dict[str, Any], network: nn.Module) -> None:

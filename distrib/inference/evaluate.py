@@ -18,10 +18,10 @@ from distrib.data.source import Source, data_differences
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.errors import UserError
-from distrib.inference.classifier import config_of, refuse_another_network, weights_of
+from distrib.inference.classifier import config_of, refuse_another_network
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
-from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged
+from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective

@@ -10,7 +10,7 @@ from torchvision import models
 from distrib.config import ModelConfig
 from distrib.errors import UserError, one_line
 from distrib.models.weight_files import SUFFIXES, read_tensors, without_prefix
-from distrib.runtime.checkpoint import EMA, MODEL, best_checkpoint, refuse_damaged
+from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
 STEM = ": model.stem=small or large chooses it"  # of a ResNet
 DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # the published densenets have an older form of these names
@@ -68,7 +68,7 @@ def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
     if path.is_dir():  # a run folder or checkpoint: the moving average, if there is one
         folder, manifest = best_checkpoint(path)
         refuse_damaged(folder)
-        path = folder / (EMA if EMA in manifest["files"] else MODEL)
+        path = weights_of(folder, manifest)
     if path.suffix in SUFFIXES or path.is_file():
         tensors, where = read_tensors(path)
     else:

@@ -166,6 +166,11 @@ def best_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
         return folder, read_manifest(folder)
 
 
+def weights_of(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The file of a checkpoint's weights: of their moving average, if there is one."""
+    return folder / (EMA if EMA in manifest["files"] else MODEL)
+
+
 def refuse_damaged(folder: Path) -> None:
     """Raise UserError if the files of a checkpoint differ from what was written."""
     with torn_refused(folder):
