@@ -4,6 +4,7 @@ import os
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,17 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from distrib.config import (
-    KEYS,
-    RENAMED,
-    Config,
-    Key,
-    nested,
-    refuse_keys_that_do_not_apply,
-    type_in_words,
-    values_that_apply,
-)
+from distrib.config import RENAMED, Config
 from distrib.errors import UserError, one_line
+from distrib.keys import KEYS, Key, nested, refuse_keys_that_do_not_apply, type_in_words, values_that_apply
 
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
 WIDTH = 80  # columns of --help
@@ -124,7 +117,10 @@ def typed(key: Key, value: Any) -> Any:
     """A number, where a key takes numbers or words; a path without ~; else the text, which OmegaConf converts."""
     if not isinstance(value, str):
         return value
-    if get_args(key.type) and value.isdecimal():
+    if float in get_args(key.type):
+        with suppress(ValueError):
+            return float(value)
+    elif get_args(key.type) and value.isdecimal():
         return int(value)
     return os.path.expanduser(value) if key.meta["path"] else value
 

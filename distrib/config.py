@@ -1,8 +1,7 @@
 """Every key of a config: default, range, unit, meaning, and when it applies. Imports no torch: typos are reported at once."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
 from distrib.errors import UserError
 from distrib.schema import AUTO, Checked, key
@@ -49,11 +48,27 @@ class DataConfig(Checked):
         "auto", "where images in memory are kept; auto: on the device if they fit in a quarter of its free memory",
         free=True, only=IN_MEMORY,
     )  # fmt: skip
-    size: int | str = key(224, "height and width of resized images, in pixels: a number, or HxW", only=LISTED)
+    size: int | str = key(
+        AUTO, "height and width of resized images, in pixels: a number, or HxW; auto: as for the weights, else 224",
+        only=LISTED,
+    )  # fmt: skip
     fit: Literal["crop", "pad", "stretch"] = key(
         "crop", "what becomes of an image of another shape: a part of it is shown, or all of it, with a margin or stretched",
         only=LISTED,
     )  # fmt: skip
+    center_crop: float | str = key(
+        AUTO, "with fit=crop, fraction of the largest crop that validation shows; auto: as for the weights, else 0.875",
+        "(0, 1]", only=LISTED,
+    )  # fmt: skip
+    filter: Literal["auto", "bilinear", "bicubic"] = key(
+        "auto", "how images are resized; auto: as for the weights, else bilinear", only=LISTED
+    )
+    mean: str = key(
+        AUTO,
+        "mean of the pixels in [0, 1]: a number, or three, 0.5,0.5,0.5, whose average is used for grey images; auto: as "
+        "for the weights, else that of the data set",
+    )
+    std: str = key(AUTO, "standard deviation of the pixels, in the same form")
     white: float = key(
         0.0, "value of white in grey images of more than 8 bits; 0: 65535 in those of 16 bits, 1 in floats", "[0, inf)",
         only=LISTED,
@@ -77,19 +92,39 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.height_and_width()
+        self.mean_and_std()
 
     def height_and_width(self) -> tuple[int, int]:
         """The size of resized images. Raises UserError if it is no size."""
-        height, cross, width = str(self.size).lower().partition("x")
+        height, cross, width = ("224" if self.size == AUTO else str(self.size)).lower().partition("x")
         sides = (height, width) if cross else (height, height)
         if not all(side.isdecimal() and int(side) for side in sides):
             raise UserError(f"data.size is {self.size}: give a number of pixels, or HxW, such as 64x96")
         return int(sides[0]), int(sides[1])
 
+    def mean_and_std(self) -> tuple[list[float] | None, list[float] | None]:
+        """The mean and std, one number or one per channel; None for those that are auto. Raises UserError."""
+        return numbers("data.mean", self.mean, 0.0), numbers("data.std", self.std, 1e-6)
+
+
+def numbers(name: str, text: str, least: float) -> list[float] | None:
+    """Numbers from `least` to 1, separated by commas; None for auto. Raises UserError."""
+    if text == AUTO:
+        return None
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(least <= each <= 1 for each in found):
+        raise UserError(f"{name} is {text}: give a number in [{least:g}, 1], or one per channel, such as 0.5,0.5,0.5")
+    return found
+
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    name: str = key("cnn", "cnn, airbench, or a classification network of torchvision: resnet18, resnet50, convnext_tiny, ...")
+    name: str = key(
+        "cnn", "cnn, airbench, a classification network of torchvision: resnet18, convnext_tiny, ..., or of timm: timm:NAME"
+    )
     norm: Literal["batch", "group"] = key("batch", "normalization; group: results do not depend on the number of ranks")
     width: int = key(64, "channels of the first block; the next two have 2 and 4 times as many", "[1, inf)", only=OWN_NETWORKS)
     dropout: float = key(0.0, "fraction of the features that is dropped before the last layer", "[0, 1)", only=OWN_NETWORKS)
@@ -99,7 +134,9 @@ class ModelConfig(Checked):
         "first layers of a ResNet; auto: small for images of up to 64 pixels, large with weights",
         free=True,
     )
-    weights: str = key("", "weights to start from: a name in torchvision (DEFAULT), a file, or a run folder", path=True)
+    weights: str = key(
+        "", "weights to start from: DEFAULT or another name of the network's package, a file, or a run folder", path=True
+    )
 
 
 @dataclass(frozen=True)
@@ -180,100 +217,6 @@ class Config(Checked):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-
-
-class Key(NamedTuple):
-    """A key of a config: dotted name, type, value, and the metadata that `key` was given."""
-
-    name: str
-    type: Any
-    value: Any
-    meta: Any
-
-
-def keys_of(config: Any, section: str = "") -> Iterator[Key]:
-    """Every key of a config, in order."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if is_dataclass(value):
-            yield from keys_of(value, f"{each.name}.")
-        else:
-            yield Key(section + each.name, each.type, value, each.metadata)
-
-
-KEYS = {each.name: each for each in keys_of(Config())}  # with the defaults
-
-
-def applies(config: Config, name: str) -> bool:
-    """Whether a key has an effect, given the other keys of `config`."""
-    condition = KEYS[name].meta["only"]
-    if not condition:
-        return True
-    other, _, values = condition.partition("=")
-    section, _, leaf = other.partition(".")
-    value: str = getattr(getattr(config, section), leaf)
-    return ("own" if value.startswith(OWN) else value) in values.split("|")
-
-
-def refuse_keys_that_do_not_apply(config: Config, given: set[str]) -> None:
-    """Raise UserError if one of the `given` keys would be ignored."""
-    idle = [name for name in KEYS if name in given and not applies(config, name)]
-    if idle:
-        other, _, values = KEYS[idle[0]].meta["only"].partition("=")
-        value = getattr(getattr(config, other.partition(".")[0]), other.partition(".")[2])
-        raise UserError(
-            f"{', '.join(idle)} would be ignored: {idle[0]} applies to {other}={values.replace('|own', '')} only, "
-            f"and {other} is {value}; omit it"
-        )
-
-
-def keys_changed(config: Config) -> set[str]:
-    """The keys that differ from their defaults."""
-    return {each.name for each in keys_of(config) if each.value != KEYS[each.name].value}
-
-
-def values_that_apply(config: Config) -> dict[str, Any]:
-    """The value of each key that applies, under its dotted name."""
-    return {each.name: each.value for each in keys_of(config) if applies(config, each.name)}
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested sections, as in a config file."""
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        section, _, leaf = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = value
-    return tree
-
-
-def differences(
-    there: dict[str, Any], now: Config, chosen: dict[str, Any] | None = None, changes: Collection[str] = ()
-) -> list[str]:
-    """The keys that prevent a run that was started with the keys `there` from resuming with `now`, in words.
-
-    A key that is missing there had its default. `chosen` holds what the run chose for keys that were auto. A key that is auto
-    now keeps the value that the run has. `changes` names keys that may differ if they may be changed midway.
-    """
-    current, had, found = {each.name: each.value for each in keys_of(now)}, there | (chosen or {}), list[str]()
-    for name, after in current.items():
-        before = had.get(name, KEYS[name].value)
-        keeps = after == AUTO == KEYS[name].value
-        allowed = KEYS[name].meta["free"] or keeps or (KEYS[name].meta["midway"] and name in changes)
-        if before != after and there.get(name) != after and not allowed:
-            found.append(f"{name} ({before} there, {after} now)")
-    return found + [f"{name} ({there[name]} there, which this version does not know)" for name in there if name not in KEYS]
-
-
-def changed_midway(there: dict[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys that may be changed midway and differ from the keys `there`: their values there and now."""
-    pairs = {each.name: (there.get(each.name, KEYS[each.name].value), each.value) for each in keys_of(now)}
-    return {name: pair for name, pair in pairs.items() if KEYS[name].meta["midway"] and pair[0] != pair[1]}
-
-
-def type_in_words(kind: Any) -> str:
-    """The type of a key, as --help shows it."""
-    words = {bool: "true|false", str: "text", int | str: "a number or text"}
-    return words.get(kind) or "|".join(map(str, get_args(kind))) or cast(str, kind.__name__)
 
 
 def refuse_uneven(batch_size: int, ranks: int) -> None:

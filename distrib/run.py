@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distrib.config import OWN, Config, keys_changed, refuse_keys_that_do_not_apply
+from distrib.config import OWN, Config
 from distrib.data.loaders import Batch, Loader
 from distrib.data.sharing import agreed_fingerprint, load_shared
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Steps
 from distrib.data.workers import Workers, start_workers
 from distrib.errors import UserError
+from distrib.keys import keys_changed, refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
 from distrib.reporting.log import Log
@@ -35,7 +36,7 @@ from distrib.schema import AUTO
 from distrib.training import memory
 from distrib.training.context import Run
 from distrib.training.format1 import upgrade
-from distrib.training.identity import Identity, choose
+from distrib.training.identity import Identity, choose, with_pixels_of_weights
 from distrib.training.loop import fit
 from distrib.training.objective import Objective, build_objective
 from distrib.training.optim import build_ema, build_optimizer, build_schedule
@@ -72,7 +73,8 @@ def train(
         workers = cleanup.enter_context(start_workers(config, source))
         watchdog = cleanup.enter_context(Watchdog(config))
         watchdog.channel = channel = cleanup.enter_context(ranks.connected(config))
-        data = source or load_shared(config.data)
+        config, shown = with_pixels_of_weights(config, own=source is not None)
+        data = (source or load_shared(config.data)).normalized_as(config.data)
         refuse_keys_of_other_images(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
         identity = Identity(config, data, fingerprint, objective or build_objective(config), changes)
@@ -81,7 +83,7 @@ def train(
         with open_run(config, channel, status) as watchdog.lease:
             warnings = [*(watchdog.lease.warnings if watchdog.lease else []), *resume(state, run, identity)]
             lines += [*(f"data: {each}" for each in data.notes), *(f"warning: {each}" for each in warnings)]
-            stopped_by = attempt(state, run, data, [*lines, *setup])
+            stopped_by = attempt(state, run, data, [*lines, *shown, *setup])
             run.status.write(
                 "stopped" if stopped_by else "completed", cause=stopped_by, **progress(state.numbers(), run.objective.main)
             )

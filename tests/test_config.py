@@ -10,8 +10,9 @@ from conftest import ROOT
 
 from distrib import data, models, training
 from distrib.command_line import help_of_keys, load_config, read_config, to_yaml
-from distrib.config import KEYS, RENAMED, Config, OptimConfig, applies, differences, keys_of
+from distrib.config import RENAMED, Config, OptimConfig
 from distrib.errors import UserError
+from distrib.keys import KEYS, applies, differences, keys_of
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_help_has_every_key_under_its_section_and_is_no_wider_than_a_terminal(mo
     text = " ".join(help_of_keys().split())
     assert "batch_size images per optimizer step, over all ranks together (default 128; in [1, inf))." in text
     assert "schedule how the learning rate falls from its peak to 0 at the end (default cosine; cosine|linear)." in text
-    assert "(default 224; a number or text). Only with data.name=folder|csv." in text
+    assert "(default auto; a number or text). Only with data.name=folder|csv." in text
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ ROOMS = [  # from the top down: each imports only from those below it
     ["distrib/data", "distrib/models"],
     ["distrib/runtime"],
     ["distrib/registry.py", "distrib/command_line.py"],
+    ["distrib/keys.py"],
     ["distrib/config.py"],
     ["distrib/schema.py"],
     ["distrib/errors.py"],
@@ -37,7 +38,12 @@ WITHIN = {  # the same inside a room
         ["source", "steps", "listing"],
         ["pixels"],
     ],
-    "distrib/models": [["build"], ["weights", "cnn", "airbench"], ["layers", "weight_files"]],
+    "distrib/models": [
+        ["build"],
+        ["weights", "cnn", "airbench"],
+        ["of_torchvision", "of_timm", "weight_files"],
+        ["layers"],
+    ],
     "distrib/reporting": [["log", "runs"]],
     "distrib/runtime": [
         ["run_folder", "watchdog", "exits", "attempts", "saver"],
@@ -67,11 +73,17 @@ DOORS = {
     "yaml": {"distrib/command_line.py"},
     "tensorboard": set(),
     "tqdm": {"distrib/reporting/log.py", "distrib/data/scan.py"},
-    "torchvision": {"distrib/data/datasets.py", "distrib/models/build.py", "distrib/models/weights.py"},
+    "torchvision": {
+        "distrib/data/datasets.py",
+        "distrib/models/build.py",
+        "distrib/models/of_torchvision.py",
+        "distrib/models/weights.py",
+    },
+    "timm": {"distrib/models/of_timm.py"},
     "PIL": {"distrib/data/pixels.py", "distrib/data/scan.py"},
 }
 NO_TORCH = [  # what is imported before a mistake in the command line is answered
-    "cli", "command_line", "config", "schema", "errors", "registry",
+    "cli", "command_line", "keys", "config", "schema", "errors", "registry",
     "__init__", "data/__init__", "models/__init__", "training/__init__",
     "reporting/runs", "runtime/__init__", "runtime/exits", "runtime/signals", "runtime/stacks", "runtime/environment",
     "runtime/status", "runtime/disk",

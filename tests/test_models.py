@@ -42,7 +42,9 @@ def test_torchvisions_networks_take_the_channels_and_classes_of_the_data(name: s
 def test_every_classification_network_of_torchvision_is_offered() -> None:
     assert torchvision_names() == sorted(models.list_models(module=models))
     assert len(torchvision_names()) > 70
-    with pytest.raises(UserError, match=r"no model 'resnet19': use cnn or airbench, or one of torchvision: .*resnet18"):
+    with pytest.raises(
+        UserError, match=r"no model 'resnet19': use cnn, airbench, timm:NAME, or one of torchvision: .*resnet18"
+    ):
         build_model(ModelConfig(name="resnet19"), SHAPE, classes=10)
 
 

@@ -118,15 +118,14 @@ def of_files(list_images: Callable[..., Listing], config: DataConfig) -> Source:
         raise UserError(f"data.root={root} cannot be read: {error.strerror} ({error.filename})") from None
     classes = listing.classes()
     numbers = {name: number for number, name in enumerate(classes)}
-    height, width = config.height_and_width()
-    spec = ImageSpec(height, width, config.fit, config.white, config.max_pixels)
+    spec = ImageSpec.of(config)
 
     def files(images: list[tuple[str, str]], base: str) -> Files:
         return Files(paths_of([path for path, _ in images]), torch.tensor([numbers[name] for _, name in images]), spec, base)
 
     train, val = files(listing.train, str(listing.bases[0])), files(listing.val, str(listing.bases[1]))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Source(train, val, tuple(classes), (3, height, width), mean, std, notes=tuple(listing.notes))
+    return Source(train, val, tuple(classes), (3, spec.height, spec.width), mean, std, notes=tuple(listing.notes))
 
 
 def paths_of(paths: list[str]) -> np.ndarray[Any, Any]:

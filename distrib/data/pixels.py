@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from distrib.config import DataConfig
 from distrib.errors import UserError, one_line
 
-VIEW = 0.875  # fraction of the largest crop that validation shows, as in most ImageNet recipes
+CENTER_CROP = 0.875  # fraction of the largest crop that validation shows, as in most ImageNet recipes
 MARGIN = (124, 116, 104)  # the color around an image if fit=pad: the mean of ImageNet
 DARK = 1 / 16  # a grey image whose values all lie below this fraction of white is refused: its white is probably another
 
@@ -49,7 +50,8 @@ class ImageSpec:
     """How images become pixels.
 
     `fit`: an image of another shape is cropped, padded or stretched. `white`: the value of white in grey images of more than 8
-    bits; 0: 65,535 in those of 16 bits, 1 in those of floats.
+    bits; 0: 65,535 in those of 16 bits, 1 in those of floats. `center_crop`: the fraction of the largest crop that validation
+    shows, if images are cropped.
     """
 
     height: int
@@ -57,13 +59,22 @@ class ImageSpec:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     white: float = 0.0
     max_pixels: int = 10**9
+    center_crop: float = CENTER_CROP
+    filter: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "ImageSpec":
+        """As a config says, where auto is what fits most networks."""
+        part = CENTER_CROP if isinstance(config.center_crop, str) else config.center_crop
+        how = "bilinear" if config.filter == "auto" else config.filter
+        return cls(*config.height_and_width(), config.fit, config.white, config.max_pixels, part, how)
 
     def center(self, width: int, height: int) -> Box:
         """The box that validation shows: the center, or the whole image if it is not cropped."""
         if self.fit != "crop":
             return 0, 0, width, height
         largest = min(height, width * self.height / self.width)
-        down, across = (max(1, round(side * VIEW)) for side in (largest, largest * self.width / self.height))
+        down, across = (max(1, round(side * self.center_crop)) for side in (largest, largest * self.width / self.height))
         left, top = (width - across) // 2, (height - down) // 2
         return left, top, left + across, top + down
 
@@ -198,7 +209,7 @@ def resize(pixels: Tensor, spec: ImageSpec) -> Tensor:
     if spec.fit == "pad":
         scale = min(height / pixels.shape[0], width / pixels.shape[1])
         height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    found = F.interpolate(pixels[None].permute(0, 3, 1, 2), (height, width), mode="bilinear", antialias=True)[0]
+    found = F.interpolate(pixels[None].permute(0, 3, 1, 2), (height, width), mode=spec.filter, antialias=True)[0]
     if (height, width) == (spec.height, spec.width):
         return found
     padded = torch.tensor(MARGIN, dtype=torch.uint8)[:, None, None].repeat(1, spec.height, spec.width)

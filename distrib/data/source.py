@@ -4,13 +4,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distrib.config import DataConfig
 from distrib.data.pixels import ImageSpec
 from distrib.errors import UserError, one_line
 from distrib.runtime.disk import read_from
@@ -112,6 +113,20 @@ class Source:
         channels, height, width = shape
         size = (channels, height, width)
         return cls(splits[0], splits[1], tuple(classes), size, tuple(mean.tolist()), tuple(std.tolist()), name)
+
+    def normalized_as(self, config: DataConfig) -> "Source":
+        """This data set with the mean and std of a config, where they are given. Raises UserError."""
+        channels = self.shape[0]
+
+        def per_channel(name: str, values: list[float] | None, own: tuple[float, ...]) -> tuple[float, ...]:
+            if values is None:
+                return own
+            if len(values) not in (1, channels) and channels != 1:
+                raise UserError(f"{name} has {len(values)} numbers, but images have {channels} channels: give 1 or {channels}")
+            return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+        mean, std = config.mean_and_std()
+        return replace(self, mean=per_channel("data.mean", mean, self.mean), std=per_channel("data.std", std, self.std))
 
     def fingerprint(self) -> dict[str, Any]:
         """The identity of this data set: number of images, classes, and a hash of everything else."""

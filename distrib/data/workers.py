@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distrib.config import Config, applies
+from distrib.config import Config
 from distrib.data.files import BadImage, Reader
 from distrib.data.shared_memory import Place, SharedMemory, images_in
 from distrib.data.source import Arrays, Source
 from distrib.data.steps import Share
 from distrib.errors import RunError, UserError, one_line
+from distrib.keys import applies
 from distrib.runtime import disk
 from distrib.runtime.environment import cores_of_a_rank, env_local_world_size, env_rank
 from distrib.runtime.signals import blocked_in_workers, guard_worker

@@ -88,14 +88,15 @@ def load(run: str | Path, *, network: NetworkOrBuilder | None = None) -> Classif
     built.load_state_dict(load_file(weights_of(folder, manifest)))
     mean, std = (torch.tensor(manifest["image"][name], device=device) for name in ("mean", "std"))
     files = config.data.name in LISTED.partition("=")[2].split("|")
-    spec = ImageSpec(height, width, config.data.fit, config.data.white, config.data.max_pixels)
     return Classifier(
         checkpoint=folder,
         config=config,
         network=built.to(device).eval(),
         classes=classes,
         shape=(channels, height, width),
-        spec=spec if files else ImageSpec(height, width, fit="crop" if config.data.name.startswith(OWN) else "stretch"),
+        spec=ImageSpec.of(config.data)
+        if files
+        else ImageSpec(height, width, fit="crop" if config.data.name.startswith(OWN) else "stretch"),
         normalize=Normalize(mean, std, width),
         device=device,
     )

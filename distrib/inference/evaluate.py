@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from distrib.command_line import with_values
-from distrib.config import OWN, refuse_keys_that_do_not_apply
+from distrib.config import OWN
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source, data_differences
@@ -19,6 +19,7 @@ from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.errors import UserError
 from distrib.inference.classifier import config_of, refuse_another_network
+from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of

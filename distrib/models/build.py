@@ -1,21 +1,18 @@
-"""Builds the network for a data set: ours or torchvision's by name, or the caller's, with fitting channels and classes."""
+"""Builds the network for a data set: by name, or the caller's, with fitting channels and classes."""
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torchvision import models
 
 from distrib.config import ModelConfig
-from distrib.errors import UserError
-from distrib.models import NETWORKS, refuse_unknown_network
+from distrib.errors import UserError, one_line
+from distrib.models import NETWORKS, package_of
 from distrib.models.layers import Shape, Whitening, with_group_norm
 from distrib.models.weights import from_published, load_pretrained
 from distrib.registry import lookup
-
-SMALL = 64  # pixels: up to this size, a ResNet gets the stem for small images
 
 NetworkOrBuilder = nn.Module | Callable[[], nn.Module]  # a network, or a function that builds it after the seed is set
 
@@ -43,7 +40,7 @@ def build_model(
     elif config.name in NETWORKS:
         model = lookup(NETWORKS, config.name)(inner[0], classes, config.width, config.dropout)
     else:
-        model = adapt(of_torchvision(config.name, classes), inner, config)
+        model = of_a_package(config, inner, classes)
     if config.stem != "auto" and not isinstance(model, models.ResNet):
         raise UserError(f"model.stem={config.stem} would be ignored: it applies to ResNets only; omit it")
     if config.weights and load:
@@ -59,35 +56,19 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-def of_torchvision(name: str, classes: int) -> nn.Module:
-    refuse_unknown_network(name)
-    # Only these two have auxiliary outputs in training.
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
-    return model
+def of_a_package(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
+    """A network of torchvision or timm. Raises UserError."""
+    try:
+        network: nn.Module = package_of(config.name).build(config, shape, classes)
+    except UserError:
+        raise
+    except (AssertionError, ValueError) as error:  # such as a size that does not divide into patches
+        raise unfit(config.name, shape, error) from None
+    return network
 
 
-def adapt(model: nn.Module, shape: Shape, config: ModelConfig) -> nn.Module:
-    """Fit torchvision's network to the images: the channels of its first convolution, and a ResNet's stem for small images.
-
-    A network that starts from weights keeps the stem of these.
-    """
-    channels, height, _ = shape
-    name, first = next((name, each) for name, each in model.named_modules() if isinstance(each, nn.Conv2d))
-    small = config.stem == "small" or (config.stem == "auto" and height <= SMALL and not config.weights)
-    if isinstance(model, models.ResNet) and small:  # He et al., 2016, section 4.2: the stem for CIFAR
-        model.conv1 = nn.Conv2d(channels, first.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-    elif channels != first.in_channels:
-        model.set_submodule(name, with_channels(first, channels))
-    return model
-
-
-def with_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
-    names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    options: dict[str, Any] = {name: getattr(convolution, name) for name in names}
-    return nn.Conv2d(channels, bias=convolution.bias is not None, **options)
+def unfit(name: str, shape: Shape, error: Exception) -> UserError:
+    return UserError(f"model {name} does not accept images of {'x'.join(map(str, shape))}: {one_line(error)}")
 
 
 def try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
@@ -97,9 +78,7 @@ def try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, *shape, device=device))
     except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"model {name} does not accept images of {'x'.join(map(str, shape))}: {str(error).splitlines()[0]}"
-        ) from None
+        raise unfit(name, shape, error) from None
     finally:
         model.train(training)
     found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"

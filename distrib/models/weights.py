@@ -1,26 +1,30 @@
-"""Weights to start from: a run, a file or torchvision. The network may differ in its first and last layer."""
+"""Weights to start from: a run, a file, or published ones. The network may differ in its first and last layer."""
 
-import re
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
+from torchvision.models import VisionTransformer
 
-from distrib.config import ModelConfig
+from distrib.config import OWN, ModelConfig
 from distrib.errors import UserError, one_line
+from distrib.models import NETWORKS, TIMM, package_of
 from distrib.models.weight_files import SUFFIXES, read_tensors, without_prefix
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
 STEM = ": model.stem=small or large chooses it"  # of a ResNet
-DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # the published densenets have an older form of these names
+PARTS = ("weight", "bias")
+POSITIONS = ("pos_embed", "pos_embedding")  # timm's name, and torchvision's
 
 
 def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     """Load `config.weights` into `model`, except a last layer with other classes; returns a line on what was loaded.
 
     The filters of a first layer are summed over their channels if `model` has one channel, and left out for other channels.
-    Raises UserError if the weights cannot be read or do not fit.
+    Position embeddings for another image size are interpolated. Raises UserError if the weights cannot be read or do not fit.
     """
     own = model.state_dict()
     found, where = read_weights(config)
@@ -28,10 +32,11 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     # Weights of torch 0.4 lack num_batches_tracked; those of a network with group norm lack all statistics.
     optional = ("num_batches_tracked", *(("running_mean", "running_var") if config.norm == "group" else ()))
     weights = {name: each for name, each in own.items() if name.endswith(optional)} | found
-    layers = [name for name, each in model.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
-    first, last = ([f"{layer}.{part}" for part in ("weight", "bias")] for layer in (layers[0], layers[-1]))
+    first, last = first_and_last(model)
     summed = [name for name in first[:1] if name in own and is_summed(weights.get(name), own[name])]
     weights |= {name: weights[name].sum(1, keepdim=True) for name in summed}
+    resized = interpolated(model, weights)
+    weights |= resized
     unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     other_channels = {
         name for name in first if name in own and name in weights and weights[name].shape[2:] == own[name].shape[2:]
@@ -46,7 +51,25 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
         )
     model.load_state_dict({name: weights[name] for name in own if name not in unfit}, strict=False)
-    return in_words(config.weights, where, prefix, (len(own) - len(unfit), len(own)), unfit, summed)
+    details = [f"its key {where}"] * bool(where) + [f"without the prefix {prefix}"] * bool(prefix)
+    parts = {
+        "not loaded, so new": unfit,
+        "summed over its channels": summed,
+        "interpolated": [*resized],
+        "not used": [name for name in found if name not in own],
+    }
+    return f"weights: {len(own) - len(unfit)} of {len(own)} tensors from {config.weights}" + in_words(details, parts)
+
+
+def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of the tensors of the first layer, and of the last one, which depend on the channels and the classes."""
+    layers = [name for name, each in model.named_modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
+    last = layers[-1:]
+    timms: Any = getattr(model, "pretrained_cfg", None)
+    if timms:  # a distilled network has two last layers
+        said = timms["classifier"]
+        last = [said] if isinstance(said, str) else [*(said or last)]
+    return [f"{layers[0]}.{part}" for part in PARTS], [f"{layer}.{part}" for layer in last for part in PARTS]
 
 
 def is_summed(there: Tensor | None, own: Tensor) -> bool:
@@ -54,12 +77,35 @@ def is_summed(there: Tensor | None, own: Tensor) -> bool:
     return there is not None and there.dim() == 4 and own.shape[1] == 1 < there.shape[1] and there.shape[2:] == own.shape[2:]
 
 
-def in_words(weights: str, where: str, prefix: str, counts: tuple[int, int], new: list[str], summed: list[str]) -> str:
-    found = f"weights: {counts[0]} of {counts[1]} tensors from {weights}"
-    details = [f"its key {where}"] * bool(where) + [f"without the prefix {prefix}"] * bool(prefix)
-    found += f" ({', '.join(details)})" if details else ""
-    found += f"; not loaded, so new: {', '.join(new)}" if new else ""
-    return found + (f"; summed over its channels: {summed[0]}" if summed else "")
+def interpolated(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The position embeddings of `weights` that are for another number of patches, interpolated for `model`.
+
+    (1, tokens, features): first those of tokens that are no patch, then the patches, row by row, in a square.
+    """
+    if isinstance(model, VisionTransformer):
+        grid = (model.image_size // model.patch_size,) * 2
+    else:
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", (0, 0))
+    found = {}
+    for name, own in model.state_dict().items():
+        there, others = weights.get(name), own.shape[1] - grid[0] * grid[1] if own.dim() == 3 else 0
+        side = math.isqrt(max(0, there.shape[1] - others)) if there is not None and there.dim() == 3 else 0
+        if not any(grid) or name.rpartition(".")[2] not in POSITIONS or there is None or not side or there.shape == own.shape:
+            continue
+        if side**2 == there.shape[1] - others and there.shape[2] == own.shape[2]:
+            patches = there[:, others:].float().transpose(1, 2).reshape(1, -1, side, side)
+            patches = F.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
+            found[name] = torch.cat([there[:, :others].float(), patches.flatten(2).transpose(1, 2)], 1).to(there.dtype)
+    return found
+
+
+def in_words(details: list[str], parts: dict[str, list[str]]) -> str:
+    """How weights were loaded, after the number of tensors."""
+    found = f" ({', '.join(details)})" if details else ""
+    for what, names in parts.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        found += f"; {what}: {', '.join(names[:4])}{more}" if names else ""
+    return found
 
 
 def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
@@ -69,16 +115,15 @@ def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
         folder, manifest = best_checkpoint(path)
         refuse_damaged(folder)
         path = weights_of(folder, manifest)
-    if path.suffix in SUFFIXES or path.is_file():
+    if is_file(path):
         tensors, where = read_tensors(path)
     else:
         try:
-            tensors = published(config).get_state_dict(progress=False, check_hash=True)
+            tensors = package_of(config.name).tensors(config.name, config.weights)
         except UserError:
             raise
         except Exception as error:  # failed downloads raise errors of many kinds
             raise UserError(f"model.weights={config.weights} cannot be read: {one_line(error)}") from None
-        tensors = {re.sub(DENSE_LAYER, r"\1\2", name): each for name, each in tensors.items()}
     if any(name.startswith("whitening.") for name in tensors):  # the network behind a Whitening, which is not loaded
         tensors = {name.removeprefix("network."): each for name, each in tensors.items() if name.startswith("network.")}
     return tensors, where
@@ -88,12 +133,27 @@ def from_published(weights: str) -> bool:
     """Whether weights are torchvision's, or those of a run that started with them."""
     if weights and Path(weights).is_dir():
         return from_published(best_checkpoint(Path(weights))[1]["config"]["model"].get("weights", ""))
-    return bool(weights) and not Path(weights).suffix and not Path(weights).is_file()
+    return bool(weights) and not is_file(Path(weights))
 
 
-def published(config: ModelConfig) -> Any:
-    """torchvision's weights named `config.weights` for a network. Raises UserError."""
-    named = models.get_model_weights(config.name).__members__
-    if config.weights not in named:
-        raise UserError(f"{config.name} has no weights {config.weights!r}: use a file, or {', '.join(named)}")
-    return named[config.weights]
+def is_file(path: Path) -> bool:
+    """Whether weights are a file, and not a name, even if it is missing."""
+    return path.suffix in SUFFIXES or path.is_file()
+
+
+def shown_with(config: ModelConfig) -> dict[str, Any]:
+    """How images were shown to the network of `config.weights`, as keys of data; those that are not known are missing.
+
+    Raises UserError if there are no such weights.
+    """
+    path = Path(config.weights)
+    if path.is_dir():
+        manifest = best_checkpoint(path)[1]
+        had = manifest["config"]["data"]
+        keys = {f"data.{name}": had[name] for name in ("size", "center_crop", "filter") if name in had}
+        return keys | {f"data.{name}": manifest["image"][name] for name in ("mean", "std")}
+    unnamed = is_file(path) and not config.name.startswith(TIMM)
+    if config.name in NETWORKS or config.name.startswith(OWN) or unnamed:
+        return {}  # a file says nothing, unless timm knows what the weights of this name are
+    shown: dict[str, Any] = package_of(config.name).shown(config.name, config.weights)
+    return shown

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from distrib.command_line import read_config, to_yaml
-from distrib.config import KEYS, Config, differences, keys_of
+from distrib.config import Config
 from distrib.errors import MAY_PASS, DiskError, UserError
+from distrib.keys import KEYS, differences, keys_of
 from distrib.runtime import ranks
 from distrib.runtime.control_channel import ControlChannel, Failure
 from distrib.runtime.disk import write_atomically

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from distrib.command_line import dotted
-from distrib.config import Config, changed_midway, differences, nested, values_that_apply
+from distrib.command_line import dotted, read_config, with_values
+from distrib.config import Config
 from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
+from distrib.keys import applies, changed_midway, differences, keys_of, nested, values_that_apply
+from distrib.models.weights import shown_with
 from distrib.runtime import ranks
 from distrib.runtime.attempts import commit
 from distrib.runtime.checkpoint import latest_manifest
@@ -102,3 +104,34 @@ def choose(config: Config, earlier: Mapping[str, Any], device: torch.device) -> 
     mode: Any = earlier.get("compile", "no" if config.compile == AUTO else config.compile)
     why = "as the run was started" if earlier and config.precision == AUTO else why
     return replace(config, precision=found, compile=mode), f"precision {found} ({why})"
+
+
+def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[str]]:
+    """`config` with images shown as those of `config.model.weights` were, for keys that are auto; and a line for the user.
+
+    A run that resumes keeps what it has. If the data set is a program's `own`, it keeps its mean and std. Every rank must call
+    this. Raises UserError if there are no such weights.
+    """
+    keys = ["data.mean", "data.std"] if not own else []
+    keys = [f"data.{name}" for name in ("size", "center_crop", "filter") if applies(config, "data.size")] + keys
+    values = {each.name: each.value for each in keys_of(config)}
+
+    def look() -> dict[str, Any]:
+        file, manifest = Path(config.run_dir, "config.yaml"), latest_manifest(Path(config.run_dir))
+        if manifest:
+            return dict(dotted(manifest["config"]))
+        if file.exists():
+            return {each.name: each.value for each in keys_of(read_config(file))}
+        return shown_with(config.model) if config.model.weights else {}
+
+    if not any(values[key] == AUTO for key in keys):
+        return config, []
+    found = ranks.on_rank0(look)
+    new = {key: as_text(found[key]) for key in keys if values[key] == AUTO and found.get(key, AUTO) != AUTO}
+    words = " ".join(f"{key}={value}" for key, value in new.items())
+    return with_values(config, new, ""), [f"images as the weights were trained on: {words}"] if new else []
+
+
+def as_text(value: Any) -> str:
+    """The value of a key, as it is typed."""
+    return ",".join(f"{each:.6g}" for each in value) if isinstance(value, list | tuple) else str(value)
