@@ -134,6 +134,9 @@ class ModelConfig(Checked):
         "first layers of a ResNet; auto: small for images of up to 64 pixels, large with weights",
         free=True,
     )
+    freeze: float = key(
+        0.0, "epochs in which only the last layer learns; the others keep their weights and batch statistics", "[0, inf)"
+    )
     weights: str = key(
         "", "weights to start from: DEFAULT or another name of the network's package, a file, or a run folder", path=True
     )
@@ -155,6 +158,9 @@ class OptimConfig(Checked):
     )
     bias_lr: float = key(1.0, "learning rate of biases and norm weights, as a factor of lr", "[0, inf)")
     head_lr: float = key(1.0, "learning rate of the last layer's weights, as a factor of lr", "[0, inf)")
+    layer_decay: float = key(
+        1.0, "learning rate of a layer, as a factor of that of the next layer; 1: the same in all", "(0, 1]"
+    )
     momentum: float = key(0.9, "momentum of sgd and muon, first beta of adamw", "[0, 1)")
     weight_decay: float = key(
         5e-4, "weight decay, scaled by the learning rate; not applied to biases and norms", "[0, inf)", midway=True

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from distrib.config import OWN, Config
 from distrib.data.loaders import Batch, Loader
@@ -36,11 +35,13 @@ from distrib.schema import AUTO
 from distrib.training import memory
 from distrib.training.context import Run
 from distrib.training.format1 import upgrade
+from distrib.training.freezing import release
+from distrib.training.groups import table
 from distrib.training.identity import Identity, choose, with_pixels_of_weights
 from distrib.training.loop import fit
 from distrib.training.objective import Objective, build_objective
-from distrib.training.optim import build_ema, build_optimizer, build_schedule
-from distrib.training.parallel import make_accelerator, unwrap, wrap
+from distrib.training.optim import Schedule, build_ema, build_optimizer, build_schedule
+from distrib.training.parallel import make_accelerator, wrap
 from distrib.training.replay import Replay, can_replay
 from distrib.training.state import TrainState, progress, restore
 
@@ -112,9 +113,9 @@ def prepare(
     rank, world = accelerator.process_index, accelerator.num_processes
     steps = Steps(len(source.train), config.batch_size, config.seed, rank, world)
     loader, schedule = Loader(source, config, steps, device, workers), build_schedule(config, steps.per_epoch)
-    state, model, loaded = build(config, loader, network, accelerator, load=not manifest)
-    cleanup.callback(unwrap, accelerator, model)
-    micro_batches, cut = cut_into_memory(config, state, model, loader, objective, accelerator)
+    state, loaded = build(config, loader, network, accelerator, load=not manifest)
+    cleanup.callback(release, state, accelerator)
+    micro_batches, cut = cut_into_memory(config, state, loader, objective, accelerator)
     chosen = earlier or {"precision": config.precision, "compile": config.compile, "virtual_ranks": world * micro_batches}
     forms = {name: meter.form for name, meter in objective.meters.items()}
     log = Log(config, schedule.total, steps, forms, objective.main, silent=rank > 0)
@@ -123,16 +124,24 @@ def prepare(
     replay = Replay(wanted=wanted, undo=state.optimizer.zero_grad)
     changed = identity.changed(manifest)
     parts = (loader, schedule, vote, log, saver, stopwatch, status, changed, replay, micro_batches)
-    run = Run(config, objective, accelerator, model, *parts)
+    run = Run(config, objective, accelerator, *parts)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setup = f"ranks {world}, device {name}, threads {torch.get_num_threads()}, {precision}"
-    return state, run, [*loaded, *(f"warning: {each}" for each in cut), setup]
+    return state, run, [*loaded, *rates_of(config, state, schedule), *(f"warning: {each}" for each in cut), setup]
+
+
+def rates_of(config: Config, state: TrainState, schedule: Schedule) -> list[str]:
+    """What learns at which rate, as lines, in a run that starts from weights or has other rates for some layers."""
+    if not config.model.weights and not schedule.frozen and config.optim.layer_decay == 1:
+        return []
+    last = f"until step {schedule.frozen:,} (epoch {config.model.freeze:g}), only the last layer learns"
+    return [*table(state.optimizer.param_groups, schedule.peak), *([last] if schedule.frozen else [])]
 
 
 def build(
     config: Config, loader: Loader, network: NetworkOrBuilder | None, accelerator: Accelerator, *, load: bool
-) -> tuple[TrainState, nn.Module, list[str]]:
-    """The state at step 0, the model that a step calls, and lines for the user. Every rank must call this.
+) -> tuple[TrainState, list[str]]:
+    """The state at step 0, and lines for the user. Every rank must call this.
 
     Pretrained weights are loaded only if `load`: a run that resumes needs neither their file nor the network.
     """
@@ -147,18 +156,18 @@ def build(
     ema = build_ema(built, config.optim.ema_decay)
     optimizer = build_optimizer(built, config.optim, fused=accelerator.scaler is None)
     model, optimizer = wrap(accelerator, built, optimizer, config.compile)
-    return TrainState(built, optimizer, ema), model, lines
+    return TrainState(built, model, optimizer, ema=ema), lines
 
 
 def cut_into_memory(
-    config: Config, state: TrainState, model: nn.Module, loader: Loader, objective: Objective, accelerator: Accelerator
+    config: Config, state: TrainState, loader: Loader, objective: Objective, accelerator: Accelerator
 ) -> tuple[int, list[str]]:
     """The number of micro-batches that fit in memory, and lines for the user. Every rank must call this."""
     targets, shape, share = loader.source.train.targets, loader.source.shape, loader.steps.share
 
     def rehearse(images: int) -> bool:
         like = Batch(torch.empty(images, *shape, device="meta"), torch.empty_like(targets[:images], device="meta"))
-        return memory.fits(state, model, accelerator, lambda *batch: objective.loss_and_sums(*batch)[0], like)
+        return memory.fits(state, accelerator, lambda *batch: objective.loss_and_sums(*batch)[0], like)
 
     refuse = partial(memory.refuse_graphs_of_parts, config.compile, device=loader.device)
     return memory.micro_batches_that_fit(config.micro_batches, Path(config.run_dir), share, rehearse, refuse)

@@ -240,7 +240,7 @@ def test_a_hostile_checkpoint_is_set_aside_and_nothing_in_it_is_executed(
 
     network = nn.Module()
     network.weight, network.count = nn.Parameter(torch.zeros(50, 3)), nn.Buffer(torch.tensor(0))
-    state = TrainState(network, torch.optim.SGD(network.parameters()))
+    state = TrainState(network, network, torch.optim.SGD(network.parameters()))
     monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
     names = [name for name, _ in hostile(tmp_path)]
     for i, name in enumerate(names):

@@ -68,8 +68,8 @@ def plain(model: nn.Module, config: Config, rate: float = 0.1, micro_batches: in
     loader: Any = SimpleNamespace(steps=Steps(100, 7, 0))
     schedule: Any = lambda step: rate  # noqa: E731
     objective, stopwatch = build_objective(config), Stopwatch()
-    run = Run(config, objective, accelerator, prepared, loader, schedule, unused, unused, unused, stopwatch, unused, {})
-    return TrainState(model, optimizer), replace(run, micro_batches=micro_batches)
+    run = Run(config, objective, accelerator, loader, schedule, unused, unused, unused, stopwatch, unused, {})
+    return TrainState(model, prepared, optimizer), replace(run, micro_batches=micro_batches)
 
 
 def changed(state: TrainState, before: dict[str, Tensor]) -> list[str]:

@@ -93,7 +93,7 @@ def test_an_average_follows_weights_and_batch_statistics() -> None:
     with torch.no_grad():
         model[0].weight += 1
         model[1].running_mean += 1
-    state = TrainState(model, build_optimizer(model, OptimConfig()), average)
+    state = TrainState(model, model, build_optimizer(model, OptimConfig()), ema=average)
     update_ema(*state.ema_pairs, decay=0.75)
     torch.testing.assert_close(average[0].weight, start[0] + 0.25)
     torch.testing.assert_close(average[1].running_mean, start[1] + 0.25)

@@ -26,7 +26,7 @@ def some_state() -> TrainState:
         each.grad = torch.ones_like(each)
     optimizer.step()
     totals = Totals.zero().plus({"loss": torch.tensor(2.5), "by_class": torch.arange(3)}, 7)
-    return TrainState(network, optimizer, build_ema(network, 0.9), totals, step=3, values={"top1": 50.0})
+    return TrainState(network, network, optimizer, None, build_ema(network, 0.9), totals, step=3, values={"top1": 50.0})
 
 
 def write(

@@ -10,7 +10,7 @@ from torchvision import models
 from distrib.config import ModelConfig
 from distrib.errors import UserError, one_line
 from distrib.models import NETWORKS, package_of
-from distrib.models.layers import Shape, Whitening, with_group_norm
+from distrib.models.layers import Shape, Whitening, evaluating, with_group_norm
 from distrib.models.weights import from_published, load_pretrained
 from distrib.registry import lookup
 
@@ -73,14 +73,12 @@ def unfit(name: str, shape: Shape, error: Exception) -> UserError:
 
 def try_out(model: nn.Module, name: str, shape: Shape, classes: int) -> None:
     """Raise UserError if a network does not compute logits from an image."""
-    training, device = model.training, next((each.device for each in model.parameters()), None)
+    device = next((each.device for each in model.parameters()), None)
     try:
-        with torch.no_grad():
-            out = model.eval()(torch.zeros(1, *shape, device=device))
+        with torch.no_grad(), evaluating(model):
+            out = model(torch.zeros(1, *shape, device=device))
     except (RuntimeError, AssertionError, ValueError, LookupError, TypeError) as error:
         raise unfit(name, shape, error) from None
-    finally:
-        model.train(training)
     found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
     if found != [1, classes]:
         raise UserError(f"model {name} returns {found} for one image, not the logits of {classes} classes: [1, {classes}]")

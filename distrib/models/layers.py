@@ -1,6 +1,7 @@
 """Layers that several networks use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +66,15 @@ def with_group_norm(model: nn.Module) -> nn.Module:
             norm.weight.requires_grad_(module.weight.requires_grad)
             model.set_submodule(name, norm)
     return model
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode; afterwards, each part is in the mode that it was in."""
+    modes = [(each, each.training) for each in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training

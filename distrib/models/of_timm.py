@@ -58,3 +58,12 @@ def shown(name: str, weights: str) -> dict[str, Any]:
         "data.mean": found.mean,
         "data.std": found.std,
     }
+
+
+def depths(network: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, by its name, as the network says; the first layer is 0."""
+    from timm.models import group_parameters
+
+    matcher: Any = network.group_matcher
+    found: dict[str, int] = group_parameters(network, matcher(coarse=False), reverse=True)
+    return found

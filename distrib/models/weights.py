@@ -69,7 +69,8 @@ def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
     if timms:  # a distilled network has two last layers
         said = timms["classifier"]
         last = [said] if isinstance(said, str) else [*(said or last)]
-    return [f"{layers[0]}.{part}" for part in PARTS], [f"{layer}.{part}" for layer in last for part in PARTS]
+    first, ends = ([f"{layer}.{part}" for layer in each for part in PARTS] for each in (layers[:1], last))
+    return first, ends
 
 
 def is_summed(there: Tensor | None, own: Tensor) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from distrib.config import Config
 from distrib.data.loaders import Loader
@@ -27,7 +26,6 @@ class Run:
     config: Config  # precision and compile are no longer auto
     objective: Objective
     accelerator: Accelerator
-    model: nn.Module  # called by a step: the network, wrapped in DDP if there are several ranks
     loader: Loader
     schedule: Schedule
     vote: StopVote

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from distrib.data.augment import mean_logits
 from distrib.data.loaders import Loader
 from distrib.errors import UserError
+from distrib.models.layers import evaluating
 from distrib.runtime import ranks
 from distrib.training.meters import Sums, Totals, images_and_hits
 from distrib.training.objective import Objective
@@ -53,12 +54,11 @@ def measure(
     def sums_of(logits: Tensor, targets: Tensor) -> Sums:
         return objective.measure(logits, targets) | ({BY_CLASS: images_and_hits(logits, targets)} if by_class else {})
 
-    network.eval()
-    for images, targets in loader.val(size):
-        with accelerator.autocast():
-            logits = mean_logits(network, images, views)
-        totals = totals.plus(sums_of(logits, targets), len(targets))
-    network.train()
+    with evaluating(network):
+        for images, targets in loader.val(size):
+            with accelerator.autocast():
+                logits = mean_logits(network, images, views)
+            totals = totals.plus(sums_of(logits, targets), len(targets))
     if not totals.sums:  # this rank's images are all bad: it adds sums of zero, in the shapes of the other ranks' sums
         like = torch.zeros(1, len(loader.source.classes), device=accelerator.device)
         sums = sums_of(like, loader.source.val.targets[:1].to(accelerator.device))

@@ -134,4 +134,4 @@ def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[s
 
 def as_text(value: Any) -> str:
     """The value of a key, as it is typed."""
-    return ",".join(f"{each:.6g}" for each in value) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(repr, value)) if isinstance(value, list | tuple) else str(value)

@@ -12,6 +12,7 @@ from distrib.data.steps import DROPOUT, fold
 from distrib.runtime import ranks
 from distrib.training.context import Run
 from distrib.training.evaluation import evaluate, reduce_totals
+from distrib.training.freezing import freeze_or_thaw
 from distrib.training.health import check_replicas, collect_records, nonfinite, report_bad_images
 from distrib.training.meters import Totals
 from distrib.training.optim import set_learning_rate, update_ema
@@ -31,6 +32,7 @@ def fit(state: TrainState, run: Run) -> str:
         stopped_by = run.vote(state.step)
         if stopped_by:
             break
+        freeze_or_thaw(state, run)
         train_step(state, batch, run)
         run.stopwatch.stepped()
         run.log.move_bar(state.step)
@@ -77,8 +79,8 @@ def device_step(state: TrainState, run: Run, batch: Batch) -> StepRecord:
     micro_batches, sums = batch.split(run.micro_batches), []
     for i, (images, targets) in enumerate(micro_batches, 1):
         # The ranks exchange gradients once, after the last micro-batch.
-        with nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
-            loss, meter_sums = run.objective.loss_and_sums(run.model(images), targets)
+        with nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(state.model):
+            loss, meter_sums = run.objective.loss_and_sums(state.model(images), targets)
             weight = len(targets) / len(batch.targets)
             scaled = state.scaler.scale(loss) if state.scaler else loss
             # 0 * loss is nan if the loss is not finite. DDP's all-reduce then makes the gradient nan on all ranks.

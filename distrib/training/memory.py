@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import Module
 
 from distrib.data.loaders import Batch
 from distrib.errors import RunError, UserError, one_line
@@ -72,17 +71,15 @@ def refuse_graphs_of_parts(compiled: str, micro_batches: int, device: torch.devi
         raise UserError(f"compile={compiled} does not work with micro_batches={micro_batches}: use compile=default")
 
 
-def fits(
-    state: TrainState, model: Module, accelerator: Accelerator, loss: Callable[[Tensor, Tensor], Tensor], like: Batch
-) -> bool:
+def fits(state: TrainState, accelerator: Accelerator, loss: Callable[[Tensor, Tensor], Tensor], like: Batch) -> bool:
     """Whether a forward and backward pass of a batch like `like` fits in memory. The state is unchanged afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in state.network.buffers()]
     try:
         # Reserve two more numbers per weight: the state of Adam, or temporary memory of other optimizers.
         room = [torch.empty_like(weight) for weight in state.network.parameters() for _ in range(2)]
-        with accelerator.no_sync(model):
+        with accelerator.no_sync(state.model):
             images, targets = (torch.zeros(each.shape, dtype=each.dtype, device=accelerator.device) for each in like)
-            accelerator.backward(loss(model(images.contiguous(memory_format=torch.channels_last)), targets))
+            accelerator.backward(loss(state.model(images.contiguous(memory_format=torch.channels_last)), targets))
         del room
         return True
     except (RuntimeError, MemoryError) as error:

@@ -18,12 +18,16 @@ from distrib.training.muon import Muon
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step: it rises linearly to `peak` in `warmup` steps, then falls to 0 at step `total`."""
+    """The learning rate of each step: it rises linearly to `peak` in `warmup` steps, then falls to 0 at step `total`.
+
+    In the first `frozen` steps, only the last layer learns.
+    """
 
     peak: float
     warmup: int
     total: int
     shape: Literal["cosine", "linear"] = "cosine"
+    frozen: int = 0
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
@@ -36,7 +40,8 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     """The schedule in steps. Only here are epochs converted to steps."""
     total = max(1, round(config.epochs * steps_per_epoch))
     warmup = min(total - 1, round(config.optim.warmup_epochs * steps_per_epoch))
-    return Schedule(config.optim.lr, warmup, total, config.optim.schedule)
+    frozen = round(config.model.freeze * steps_per_epoch)
+    return Schedule(config.optim.lr, warmup, total, config.optim.schedule, frozen)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> Optimizer:

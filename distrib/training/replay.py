@@ -87,6 +87,10 @@ class Replay:
             self.undo()
         return self.recording(batch) if self.recording else work(batch)  # after the except block, where the error held memory
 
+    def start_again(self) -> None:
+        """Drop the recording, since the next steps do other work."""
+        self.steps, self.recording = 0, None
+
     def run_other(self, work: Callable[[], T]) -> T:
         """Run other work. If it runs out of memory, drop the recording, which holds the memory of a step, and run it again."""
         try:

@@ -35,12 +35,22 @@ NUMBER_TYPES: dict[str, type] = {
 }
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """The weights that do not learn, and the norms that keep their statistics."""
+
+    weights: list[nn.Parameter]
+    norms: list[nn.Module]
+
+
 @dataclass
 class TrainState:
     """Everything that changes during training."""
 
     network: nn.Module
+    model: nn.Module  # called by a step: the network, wrapped in DDP if there are several ranks
     optimizer: Optimizer  # wrapped by accelerate
+    frozen: Frozen | None = None  # what does not learn now
     ema: nn.Module | None = None  # the moving average of the network's weights
     totals: Totals = field(default_factory=Totals.zero)  # of this rank's training images since the last report
     step: int = 0
