@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from distrib.config import Config, DataConfig
 from distrib.data.datasets import load_source
 from distrib.data.loaders import Loader
-from distrib.data.pixels import ImageSpec, decode, resize
+from distrib.data.pixels import ImageSpec, pixels_of
 from distrib.data.source import Source
 from distrib.data.steps import Steps
 from distrib.data.workers import Workers
@@ -104,10 +104,9 @@ def difference(paths: list[Path]) -> str:
     """How far our pixels are from the reference's, in levels of 256, in the crops that we would draw."""
     apart, spec = [], ImageSpec(SIZE, SIZE)
     for path, drawn in zip(paths, torch.rand(len(paths), 4).tolist(), strict=True):
+        pixels = pixels_of(path, spec, lambda width, height, drawn=drawn: spec.random(width, height, LEAST_AREA, drawn))
         with Image.open(path) as image:
-            left, top, right, bottom = box = spec.random(*image.size, LEAST_AREA, drawn)
-            pixels = resize(decode(image, box, spec), spec)
-        with Image.open(path) as image:
+            left, top, right, bottom = spec.random(*image.size, LEAST_AREA, drawn)
             expected = functional.resized_crop(image.convert("RGB"), top, left, bottom - top, right - left, [SIZE, SIZE])
         apart.append((pixels.int() - functional.pil_to_tensor(expected).int()).abs().double().mean().item())
     return f"{np.mean(apart):.3f} of 255 on average, {max(apart):.3f} in the worst of {len(apart)} images"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from distrib.errors import RunError, UserError
     from distrib.inference.classifier import load
     from distrib.inference.evaluate import evaluate
+    from distrib.inference.export import export
     from distrib.run import train
     from distrib.training.meters import Meter
     from distrib.training.objective import CrossEntropy, Objective
@@ -23,12 +24,14 @@ PUBLIC = {
     "Source": "distrib.data.source",
     "UserError": "distrib.errors",
     "evaluate": "distrib.inference.evaluate",
+    "export": "distrib.inference.export",
     "load": "distrib.inference.classifier",
     "train": "distrib.run",
 }
 
 __all__ = [
-    "Arrays", "Config", "CrossEntropy", "Meter", "Objective", "RunError", "Source", "UserError", "evaluate", "load", "train",
+    "Arrays", "Config", "CrossEntropy", "Meter", "Objective", "RunError", "Source", "UserError", "evaluate", "export", "load",
+    "train",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ usage: distrib COMMAND ...   (also python -m distrib COMMAND ...)
   distrib train [CONFIG.yaml] [key=value ...]   train on one device
   distrib evaluate RUN [data.KEY=value ...]     the accuracy of a run, by class
   distrib predict RUN PATH...                   the classes of image files
+  distrib export RUN OUT.onnx                   the network as one file: .onnx, .pt2 or .safetensors
   distrib scan DATA [data.KEY=value ...]        check the images in a folder or a table
   distrib runs [FOLDER]                         list the runs in a folder
   distrib scale [CONFIG.yaml] [key=value ...]   predict training on many GPUs
@@ -104,6 +105,21 @@ def predict(args: Sequence[str]) -> int:
     return 0
 
 
+def export(args: Sequence[str]) -> int:
+    """Write a trained network as one file."""
+    from distrib.inference import export as inference
+
+    if "--help" in args:
+        return exits.print_once(inference.USAGE)
+    keys = dict(arg.split("=", 1) for arg in args[2:] if arg.startswith("data.") and "=" in arg)
+    if len(args) < 2 or len(keys) < len(args) - 2:
+        raise UserError("give a run and a file, and keys of data only: distrib export RUN OUT.onnx [data.root=FOLDER]")
+    if env_world_size() > 1:
+        raise UserError("distrib export runs in one process: start it without a launcher")
+    exits.print_lines(inference.lines(args[0], args[1], keys))
+    return 0
+
+
 def runs(args: Sequence[str]) -> int:
     """List the runs in a folder."""
     from distrib.reporting.runs import table
@@ -144,6 +160,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "scan": scan,
     "runs": runs,
     "scale": scale,

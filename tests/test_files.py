@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distrib.data.files import Reader
-from distrib.data.pixels import ImageSpec, decode, resize
+from distrib.data.pixels import Box, ImageSpec, decode, pixels_of, reduce
 from distrib.data.source import Files
 from distrib.data.steps import Share
 from distrib.data.workers import Stream, Workers
@@ -123,7 +123,8 @@ def test_a_large_jpeg_is_decoded_at_less_only_where_the_crop_keeps_its_pixels(
     Image.new("RGB", (width, height), (200, 100, 50)).save(file, "JPEG")
     left, top, right, bottom = box = ImageSpec(32, 32).random(width, height, 0.08, drawn)
     with Image.open(file) as image:
-        part = decode(image, box, ImageSpec(32, 32))
+        reduce(image, box, ImageSpec(32, 32))
+        part = decode(image, ImageSpec(32, 32).random(*image.size, 0.08, drawn), ImageSpec(32, 32))
     for kept, side in zip(part.shape, (bottom - top, right - left), strict=False):
         assert kept >= min(side, 2 * 32)
     assert min(bottom - top, right - left) < 132 or len(part) < bottom - top
@@ -136,9 +137,11 @@ def test_what_is_read_looks_as_pillow_would_show_it(tmp_path: Path, width: int, 
     rows, columns = torch.meshgrid(torch.linspace(0, 3, width * 3 // 4), torch.linspace(0, 4, width), indexing="ij")
     waves = torch.stack([rows.sin() * columns.cos(), (rows + columns).sin(), (rows * 0.7).cos()], -1)
     Image.fromarray((127 + 120 * waves).byte().numpy()).save(tmp_path / "a.jpg", quality=95)
-    box = ImageSpec(64, 64).random(width, width * 3 // 4, 0.25, [0.5, 0.3, 0.2, 0.9])
-    with Image.open(tmp_path / "a.jpg") as image:
-        pixels = resize(decode(image, box, ImageSpec(64, 64)), ImageSpec(64, 64))
+
+    def choose(width: int, height: int) -> Box:
+        return ImageSpec(64, 64).random(width, height, 0.25, [0.5, 0.3, 0.2, 0.9])
+
+    pixels, box = pixels_of(tmp_path / "a.jpg", ImageSpec(64, 64), choose), choose(width, width * 3 // 4)
     with Image.open(tmp_path / "a.jpg") as image:
         shown = np.array(image.resize((64, 64), Image.Resampling.BILINEAR, box))
     assert (pixels.permute(1, 2, 0).float() - torch.from_numpy(shown).float()).abs().mean() < within

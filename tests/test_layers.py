@@ -35,7 +35,7 @@ WITHIN = {  # the same inside a room
         ["loaders", "sharing", "scan"],
         ["workers"],
         ["files", "augment", "datasets", "shared_memory"],
-        ["source", "steps", "listing"],
+        ["source", "steps", "listing", "resize"],
         ["pixels"],
     ],
     "distrib/models": [
@@ -54,7 +54,7 @@ WITHIN = {  # the same inside a room
         ["connection"],
         ["environment", "stacks"],
     ],
-    "distrib/inference": [["evaluate", "predict"], ["classifier"]],
+    "distrib/inference": [["export"], ["graph", "card", "evaluate", "predict"], ["classifier"]],
     "distrib/scale": [["prediction"], ["step"], ["network"], ["cluster"]],
 }
 DOORS = {
@@ -74,13 +74,15 @@ DOORS = {
     "omegaconf": {"distrib/command_line.py"},
     "yaml": {"distrib/command_line.py"},
     "tensorboard": set(),
-    "tqdm": {"distrib/reporting/log.py", "distrib/data/scan.py"},
+    "tqdm": {"distrib/reporting/log.py", "distrib/data/scan.py", "distrib/inference/export.py"},
     "torchvision": {
         "distrib/data/datasets.py",
         "distrib/models/build.py",
         "distrib/models/of_torchvision.py",
         "distrib/models/weights.py",
     },
+    "onnx": {"distrib/inference/graph.py"},
+    "onnxruntime": {"distrib/inference/graph.py"},
     "timm": {"distrib/models/of_timm.py"},
     "PIL": {"distrib/data/pixels.py", "distrib/data/scan.py"},
 }

@@ -56,7 +56,7 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     if command == "distrib runs":
         (copy / "runs" / "one").mkdir(parents=True, exist_ok=True)
         (copy / "runs" / "one" / "status.json").write_text('{"state": "completed", "step": 1234}')
-    if command.startswith("distrib predict"):
+    if command.startswith(("distrib predict", "distrib export")):
         training = next(each for each in COMMANDS if "run_dir=runs/photos" in each)
         command = f"{training} epochs=1 batch_size=8 >&2 && {command}"
     if command.startswith("distrib evaluate"):
@@ -71,6 +71,7 @@ def test_a_command_of_the_readme_works(copy: Path, command: str) -> None:
     said = {
         "--help": "batch_size",
         "distrib evaluate": "of 360 images",
+        "distrib export": "photos.onnx.md: its model card",
         "distrib predict": "photos/val/a/000.JPEG,",
         "--print-config": "name: cifar10",
         "distrib runs": "1,234",

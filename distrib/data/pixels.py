@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -108,24 +109,46 @@ def pixels_of(file: str | Path | IO[bytes], spec: ImageSpec, choose: Callable[[i
 
     Raises OSError or ValueError if the file cannot be read or is no image, and UserError if it is one that cannot be shown.
     """
+    with opened(file, spec, choose) as (image, turn):
+        box = choose(*upright_size(image, turn))
+        return resize(upright(decode(image, stored_box(box, turn, image.size), spec), turn), spec)
+
+
+def picture_of(file: str | Path | IO[bytes], spec: ImageSpec) -> Tensor:
+    """The whole picture, (height, width, 3) uint8, of which `pixels_of` shows the center. Raises as it does."""
+    with opened(file, spec, spec.center) as (image, turn):
+        return upright(decode(image, (0, 0, *image.size), spec), turn)
+
+
+def center_of(picture: Tensor, spec: ImageSpec) -> Tensor:
+    """The center of a whole picture, as `pixels_of` shows it: (3, height, width) uint8."""
+    left, top, right, bottom = spec.center(picture.shape[1], picture.shape[0])
+    return resize(picture[top:bottom, left:right], spec)
+
+
+@contextmanager
+def opened(
+    file: str | Path | IO[bytes], spec: ImageSpec, choose: Callable[[int, int], Box]
+) -> Iterator[tuple[Image.Image, Turn | None]]:
+    """An image file, to be decoded as small as the box that is chosen allows, and how it is turned to stand upright."""
     try:
-        return decoded(file, spec, choose)
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged tags, which do no harm
+            if image.width * image.height > spec.max_pixels:
+                size = f"{image.width:,} x {image.height:,} pixels"
+                raise UserError(f"it has {size}, more than data.max_pixels={spec.max_pixels:,}")
+            image.decodermaxblock = 1 << 20  # bytes: most files are then read at once, and not 64 kB at a time
+            turn = turn_of(image)
+            reduce(image, stored_box(choose(*upright_size(image, turn)), turn, image.size), spec, turned=bool(turn and turn[2]))
+            yield image, turn
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # decoders raise errors of many kinds for damaged files
         raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
 
 
-def decoded(file: str | Path | IO[bytes], spec: ImageSpec, choose: Callable[[int, int], Box]) -> Tensor:
-    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:  # of damaged tags, which do no harm
-        if image.width * image.height > spec.max_pixels:
-            size = f"{image.width:,} x {image.height:,} pixels"
-            raise UserError(f"it has {size}, more than data.max_pixels={spec.max_pixels:,}")
-        image.decodermaxblock = 1 << 20  # bytes: most files are then read at once, and not 64 kB at a time
-        turn = turn_of(image)
-        box = choose(*(image.size[::-1] if turn and turn[2] else image.size))
-        pixels = decode(image, stored_box(box, turn, image.size), spec, turned=bool(turn and turn[2]))
-        return resize(upright(pixels, turn), spec)
+def upright_size(image: Image.Image, turn: Turn | None) -> tuple[int, int]:
+    """The width and height of an image when it stands upright."""
+    return image.size[::-1] if turn and turn[2] else image.size
 
 
 def turn_of(image: Image.Image) -> Turn | None:
@@ -160,11 +183,11 @@ def upright(pixels: Tensor, turn: Turn | None) -> Tensor:
     return pixels.transpose(0, 1) if transpose else pixels
 
 
-def decode(image: Image.Image, box: Box, spec: ImageSpec, *, turned: bool = False) -> Tensor:
-    """The part of an image inside `box`: (height, width, 3) uint8. `turned`: its rows are columns of the result.
+def reduce(image: Image.Image, box: Box, spec: ImageSpec, *, turned: bool = False) -> None:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size if at least twice the requested size of `box` remains.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if at least twice the requested size remains. With fewer pixels, rounding
-    the edges of the box to whole pixels would visibly move them.
+    With fewer pixels, rounding the edges of a box to whole pixels would visibly move them. `turned`: the image's rows are
+    columns of the result.
     """
     (width, height), (left, top, right, bottom) = image.size, box
     across, down = (spec.height, spec.width) if turned else (spec.width, spec.height)
@@ -172,9 +195,12 @@ def decode(image: Image.Image, box: Box, spec: ImageSpec, *, turned: bool = Fals
         scale = min(across / (right - left), down / (bottom - top))
         across, down = math.ceil((right - left) * scale), math.ceil((bottom - top) * scale)
     image.draft("RGB", (math.ceil(width * 2 * across / (right - left)), math.ceil(height * 2 * down / (bottom - top))))
-    by_x, by_y = image.width / width, image.height / height
+
+
+def decode(image: Image.Image, box: Box, spec: ImageSpec) -> Tensor:
+    """The part of an image inside `box`: (height, width, 3) uint8."""
     grey = values_of_grey(image, spec)
-    crop = image.crop((round(left * by_x), round(top * by_y), round(right * by_x), round(bottom * by_y)))
+    crop = image.crop(box)
     if grey:
         return grey(np.array(crop))
     if crop.has_transparency_data:

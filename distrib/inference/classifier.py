@@ -12,8 +12,10 @@ from distrib.command_line import dotted, with_values
 from distrib.config import LISTED, OWN, Config
 from distrib.data.augment import Normalize, mean_logits
 from distrib.data.pixels import ImageSpec, pixels_of
+from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
 from distrib.models.build import NetworkOrBuilder, build_model
+from distrib.models.weight_files import description_in
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 from distrib.training.precision import choose_precision
 from distrib.training.state import shapes, tensor_differences
@@ -26,6 +28,7 @@ class Classifier:
     """A network, in evaluation mode, with what it needs to classify images as the evaluation of its run does."""
 
     checkpoint: Path
+    manifest: dict[str, Any]
     config: Config
     network: nn.Module
     classes: tuple[str, ...]
@@ -67,29 +70,58 @@ def refuse_another_network(folder: Path, there: dict[str, Any], network: nn.Modu
         raise UserError(f"{folder} was saved with another network: {differ}")
 
 
-def load(run: str | Path, *, network: NetworkOrBuilder | None = None) -> Classifier:
-    """The best checkpoint of a run folder, or a checkpoint, as a classifier on this machine's first GPU, or on the CPU.
+def refuse_other_classes(folder: Path, manifest: dict[str, Any], source: Source) -> None:
+    """Raise UserError if a data set has other classes than those that a run was trained on."""
+    there, now = manifest["data"], {"classes": list(source.classes)}
+    if there["classes"] != now["classes"]:
+        raise UserError(f"{folder} has another {data_differences(there, there | now)[0]}")
 
-    A `network` that was passed to train() must be passed again. Raises UserError, and RunError if a file cannot be read.
+
+def find(run: Path) -> tuple[Path, dict[str, Any], Path]:
+    """A checkpoint, its manifest, and the file of its weights: of a run folder the best one; or an exported .safetensors file.
+
+    Raises UserError, and RunError if it cannot be read.
     """
-    folder, manifest = best_checkpoint(Path(run))
-    refuse_damaged(folder)
+    if run.is_file():
+        manifest = description_in(run).get("manifest")
+        if not manifest:
+            raise UserError(f"{run} is no .safetensors file of distrib export: give such a file, a run folder or a checkpoint")
+        return run, manifest, run
+    folder, manifest = best_checkpoint(run)
+    return folder, manifest, weights_of(folder, manifest)
+
+
+def refuse_damaged_weights(checkpoint: Path) -> None:
+    """Raise UserError if the files of a checkpoint differ from what was written."""
+    if checkpoint.is_dir():
+        refuse_damaged(checkpoint)
+
+
+def load(run: str | Path, *, network: NetworkOrBuilder | None = None, device: str | torch.device | None = None) -> Classifier:
+    """The best checkpoint of a run folder, or a checkpoint, as a classifier: on this machine's first GPU, or the CPU.
+
+    `run` may also be a .safetensors file that was exported. A `network` that was passed to train() must be passed again.
+    Raises UserError, and RunError if a file cannot be read.
+    """
+    folder, manifest, weights = find(Path(run))
+    refuse_damaged_weights(folder)
     config = config_of(manifest)
     if network is None and config.model.name.startswith(OWN):
         raise UserError(f"{folder} was trained with model.name={config.model.name}, an object: pass it to load() too")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     choose_precision(config.precision, device)
     channels, height, width = manifest["image"]["shape"]
     if channels not in (1, 3):
         raise UserError(f"{folder} was trained on images of {channels} channels: image files have 1 or 3")
     classes = tuple(manifest["data"]["classes"])
     built = build_model(config.model, (channels, height, width), len(classes), network, load=False)
-    refuse_another_network(folder, shapes(weights_of(folder, manifest)), built)
-    built.load_state_dict(load_file(weights_of(folder, manifest)))
+    refuse_another_network(folder, shapes(weights), built)
+    built.load_state_dict(load_file(weights))
     mean, std = (torch.tensor(manifest["image"][name], device=device) for name in ("mean", "std"))
     files = config.data.name in LISTED.partition("=")[2].split("|")
     return Classifier(
         checkpoint=folder,
+        manifest=manifest,
         config=config,
         network=built.to(device).eval(),
         classes=classes,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -14,15 +14,14 @@ from distrib.command_line import with_values
 from distrib.config import OWN
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
-from distrib.data.source import Source, data_differences
+from distrib.data.source import Source
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.errors import UserError
-from distrib.inference.classifier import config_of, refuse_another_network
+from distrib.inference.classifier import config_of, find, refuse_another_network, refuse_damaged_weights, refuse_other_classes
 from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
-from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
 from distrib.training.objective import Objective, build_objective
@@ -51,7 +50,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The meters of a run's weights on the validation images. Every rank must call this.
 
-    `run` is a checkpoint, or a run folder, whose best checkpoint is used; the weights are the moving average if there is one.
+    `run` is a run folder, whose best checkpoint is used, a checkpoint, or an exported .safetensors file. The weights are the
+    moving average if there is one.
     Objects that were passed to train() must be passed again; `source` may also be another data set with the same classes.
     Precision and test-time augmentation are those of the run. Raises UserError, and RunError if the checkpoint cannot be read.
     """
@@ -67,7 +67,7 @@ def evaluate_classes(
     keys: Mapping[str, str] = MappingProxyType({}),
 ) -> Evaluation:
     """What `evaluate` returns, and the result of each class. `keys` of data, such as data.root, replace those of the run."""
-    folder, manifest = best_checkpoint(Path(run))
+    folder, manifest, weights = find(Path(run))
     config = with_values(config_of(manifest), keys, "")
     refuse_keys_that_do_not_apply(config, {*keys})
     disk.retries = disk.Retries(limit=config.limits.read)
@@ -83,7 +83,7 @@ def evaluate_classes(
         agree_on_precision(config.precision, ranks.device())
         accelerator = make_accelerator(config)
         built = build_model(config.model, source.shape, len(source.classes), network, load=False).to(ranks.device())
-        load_checkpoint(built, folder, manifest)
+        load_weights(built, folder, weights)
         # One image per rank and step: no step is run, and the data may have fewer images than a batch.
         world = env_world_size()
         steps = Steps(len(source.train), world, config.seed, channel.rank, world)
@@ -122,16 +122,8 @@ def as_json(found: Evaluation) -> str:
     return json.dumps({"checkpoint": str(found.checkpoint), "values": found.values, "classes": classes})
 
 
-def load_checkpoint(network: nn.Module, folder: Path, manifest: dict[str, Any]) -> None:
-    """Load the weights of a checkpoint, or their moving average. Every rank must call this. Raises UserError."""
-    file = weights_of(folder, manifest)
-    ranks.on_rank0(partial(refuse_damaged, folder))
-    refuse_another_network(folder, ranks.on_rank0(partial(shapes, file)), network)
+def load_weights(network: nn.Module, checkpoint: Path, file: Path) -> None:
+    """Load the weights of a checkpoint. Every rank must call this. Raises UserError."""
+    ranks.on_rank0(partial(refuse_damaged_weights, checkpoint))
+    refuse_another_network(checkpoint, ranks.on_rank0(partial(shapes, file)), network)
     network.load_state_dict(dict(broadcast_file(file)))
-
-
-def refuse_other_classes(folder: Path, manifest: dict[str, Any], source: Source) -> None:
-    """Raise UserError if a data set has other classes than those that a run was trained on."""
-    there, now = manifest["data"], {"classes": list(source.classes)}
-    if there["classes"] != now["classes"]:
-        raise UserError(f"{folder} has another {data_differences(there, there | now)[0]}")

@@ -1,5 +1,6 @@
 """Files of weights as other programs write them. Nothing in them is executed."""
 
+import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,6 +51,15 @@ def is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and not start.startswith(b"PK"))
+
+
+def description_in(path: Path) -> dict[str, Any]:
+    """What `distrib export` wrote into a .safetensors file beside the tensors; empty in other files. Raises OSError."""
+    if not is_safetensors(path):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {}).get("distrib", "{}"))
+    return found
 
 
 def load_pickle(path: Path) -> Any:

@@ -12,7 +12,7 @@ from torchvision.models import VisionTransformer
 from distrib.config import OWN, ModelConfig
 from distrib.errors import UserError, one_line
 from distrib.models import NETWORKS, TIMM, package_of
-from distrib.models.weight_files import SUFFIXES, read_tensors, without_prefix
+from distrib.models.weight_files import SUFFIXES, description_in, read_tensors, without_prefix
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
 STEM = ": model.stem=small or large chooses it"  # of a ResNet
@@ -148,8 +148,9 @@ def shown_with(config: ModelConfig) -> dict[str, Any]:
     Raises UserError if there are no such weights.
     """
     path = Path(config.weights)
-    if path.is_dir():
-        manifest = best_checkpoint(path)[1]
+    exported = description_in(path) if path.is_file() else {}
+    if path.is_dir() or exported:
+        manifest = exported.get("manifest") or best_checkpoint(path)[1]
         had = manifest["config"]["data"]
         keys = {f"data.{name}": had[name] for name in ("size", "center_crop", "filter") if name in had}
         return keys | {f"data.{name}": manifest["image"][name] for name in ("mean", "std")}
