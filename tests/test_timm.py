@@ -83,7 +83,7 @@ def test_weights_that_timm_downloaded_before_are_loaded(tmp_path: Path, monkeypa
     model = build_model(config, (3, 64, 64), classes=7, tell=lines.append)
     own, there = model.state_dict(), trained.state_dict()
     assert [name for name in own if not torch.equal(own[name], there[name])] == ["fc.weight", "fc.bias"]
-    assert lines == [f"weights: {len(own) - 2} of {len(own)} tensors from DEFAULT; not loaded, so new: fc.weight, fc.bias"]
+    assert lines == [f"weights: {len(own) - 2} of {len(own)} tensors from DEFAULT; not loaded, so 0: fc.weight, fc.bias"]
 
 
 def test_position_embeddings_of_another_size_are_interpolated(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_position_embeddings_of_another_size_are_interpolated(tmp_path: Path) ->
     model = build_model(config, (3, 96, 128), classes=7, tell=lines.append)
     expected = resample_abs_pos_embed(trained.pos_embed, [6, 8], num_prefix_tokens=1)
     torch.testing.assert_close(model.pos_embed, expected)
-    assert lines[0].endswith("; not loaded, so new: head.weight, head.bias; interpolated: pos_embed")
+    assert lines[0].endswith("; not loaded, so 0: head.weight, head.bias; interpolated: pos_embed")
 
     torchvisions = models.VisionTransformer(64, 16, 1, 2, 32, 64, num_classes=5)
     torch.save(torchvisions.state_dict(), tmp_path / "tv.pth")

@@ -29,14 +29,15 @@ def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path
     model = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=7)
     assert torch.equal(model.conv1.weight, trained.conv1.weight)
     assert torch.equal(model.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
-    assert model.fc.out_features == 7
+    assert not model.fc.weight.any()
+    assert len(model.fc.weight) == 7
     same = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5)
     assert torch.equal(same.fc.weight, trained.fc.weight)
     lines: list[str] = []
     grey = build_model(ModelConfig(name="resnet18", weights=str(path)), (1, 224, 224), classes=7, tell=lines.append)
     assert torch.equal(grey.layer1[0].conv1.weight, trained.layer1[0].conv1.weight)
     assert torch.equal(grey.conv1.weight, trained.conv1.weight.sum(1, keepdim=True))
-    details = "not loaded, so new: fc.weight, fc.bias; summed over its channels: conv1.weight"
+    details = "not loaded, so 0: fc.weight, fc.bias; summed over its channels: conv1.weight"
     assert lines == [f"weights: 120 of 122 tensors from {path}; {details}"]
     images = torch.rand(2, 1, 224, 224)
     with torch.no_grad():  # grey pictures give what they gave as colored ones

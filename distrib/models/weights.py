@@ -50,10 +50,14 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
         raise UserError(
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
         )
-    model.load_state_dict({name: weights[name] for name in own if name not in unfit}, strict=False)
+    # A last layer of zeros: the features are good, and random logits would spoil them first (Kolesnikov et al., "BiT", 2020).
+    zeros = [name for name in unfit if name in last]
+    weights |= {name: torch.zeros_like(own[name]) for name in zeros}
+    model.load_state_dict({name: weights[name] for name in own if name not in unfit or name in zeros}, strict=False)
     details = [f"its key {where}"] * bool(where) + [f"without the prefix {prefix}"] * bool(prefix)
     parts = {
-        "not loaded, so new": unfit,
+        "not loaded, so 0": zeros,
+        "not loaded, so random": [name for name in unfit if name not in zeros],
         "summed over its channels": summed,
         "interpolated": [*resized],
         "not used": [name for name in found if name not in own],
