@@ -5,10 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, launch
+import torch
+from conftest import SMALL, launch, points
 from test_launch import pictures
+from torch import nn
 
+from distrib import evaluate, train
 from distrib.cli import main
+from distrib.command_line import load_config
 from distrib.runtime.status import read_status
 
 FILES = ["data.name=folder", "data.size=16", "batch_size=4", "epochs=1", "precision=no", "model.width=8", "threads=1"]
@@ -77,3 +81,22 @@ def test_other_photos_of_the_same_classes_are_evaluated(tmp_path: Path, capsys: 
 def test_a_mistake_is_told_in_a_line(run: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *(str(run) if arg == "RUN" else arg for arg in args)]) == 2
     assert re.match(f"distrib: {re.escape(words)}", capsys.readouterr().err)
+
+
+def test_classes_that_a_run_never_recognized_are_counted_in_its_last_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OneAnswer(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, 10))
+            with torch.no_grad():
+                self[1].weight.zero_()
+                self[1].bias.copy_(torch.arange(10))
+
+    config = load_config([f"run_dir={tmp_path}", "epochs=1", "optim.lr=1e-9", "precision=no", "threads=1"])
+    for _ in range(2):  # and again when the same command finds that the run is complete
+        state = train(config, network=OneAnswer)
+        assert f"; no image of 9 classes was recognized: distrib evaluate {tmp_path}; " in capsys.readouterr().out
+    assert state.values["missed_classes"] == 9
+    assert evaluate(tmp_path, network=OneAnswer) == state.values
+    assert points(tmp_path)["val/missed_classes"] == [(11, 9.0)]

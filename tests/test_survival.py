@@ -200,18 +200,20 @@ def kills(seed: int, whom: Sequence[str]) -> Iterator[tuple[str, bool, float]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "whom", "environment"),
+    ("number", "whom", "environment", "more"),
     [
-        (KILLS, ["rank 0", "rank 1", "all ranks", "launcher"], {}),
-        (-(-KILLS // 4), ["rank 0", "rank 1"], {"BLOCK": "1"}),  # collectives block for ever if a rank is gone, as NCCL's may
+        (KILLS, ["rank 0", "rank 1", "all ranks", "launcher"], {}, []),
+        (-(-KILLS // 4), ["rank 0", "rank 1"], {"BLOCK": "1"}, []),  # collectives block for ever if a rank is gone: NCCL's may
+        (-(-KILLS // 10), ["rank 0", "rank 1", "all ranks"], {}, ["model.freeze={number}", "optim.layer_decay=0.8"]),
     ],
-    ids=["gloo", "blocked"],
+    ids=["gloo", "blocked", "thaw"],
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
-    tmp_path: Path, number: int, whom: list[str], environment: dict[str, str]
+    tmp_path: Path, number: int, whom: list[str], environment: dict[str, str], more: list[str]
 ) -> None:
-    """`make kill-storm` is the long form."""
-    keys, slow = [f"epochs={2 * number}"], {"PACE": "0.05"}  # so that the run lasts for all of them
+    """`make kill-storm` is the long form. With `thaw`, the middle of the run is where all layers begin to learn."""
+    keys = [f"epochs={2 * number}", *(key.format(number=number) for key in more)]
+    slow = {"PACE": "0.05"}  # so that the run lasts for all of them
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     assert launch(2, "train.py", *KEYS, *keys, f"run_dir={whole}", timeout=300 + 120 * number).returncode == 0
 

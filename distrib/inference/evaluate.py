@@ -89,7 +89,7 @@ def evaluate_classes(
         steps = Steps(len(source.train), world, config.seed, channel.rank, world)
         loader = Loader(source, config, steps, ranks.device(), workers)
         objective, size = objective or build_objective(config), max(1, config.batch_size // world)
-        totals = evaluation.measure(built, loader, objective, accelerator, size, config.tta, by_class=True)
+        totals = evaluation.measure(built, loader, objective, accelerator, size, config.tta)
     images, hits = totals.sums[evaluation.BY_CLASS].long().tolist()
     return Evaluation(
         folder, evaluation.values_of(totals, objective, len(source.val)), source.classes, images, hits, source.notes
@@ -98,7 +98,9 @@ def evaluate_classes(
 
 def report(found: Evaluation) -> list[str]:
     """The lines of an evaluation: the meters, and a table of classes, the worst first."""
-    values = "  ".join(f"{name} {value:.4f}" for name, value in found.values.items() if name != evaluation.IMAGES)
+    values = "  ".join(
+        f"{name} {value:.4f}" for name, value in found.values.items() if name not in (evaluation.IMAGES, evaluation.MISSED)
+    )
     lines = [f"{found.checkpoint}: {values}  of {sum(found.images):,} images"]
     width = max(5, *map(len, found.classes))
     rows = sorted(zip(found.classes, found.images, found.hits, strict=True), key=lambda row: row[2] / max(1, row[1]))

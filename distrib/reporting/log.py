@@ -103,9 +103,12 @@ class Log:
         seen = f"{step * self.steps.batch_size:,} images seen"
         if speed:
             seen += f" at {speed * self.steps.batch_size:,.0f} a second"
+        missed = round(values.get("missed_classes", 0))
+        classes = f"{missed} class{'es' * (missed > 1)}"
+        told = f"; no image of {classes} was recognized: distrib evaluate {self.config.run_dir}" if missed else ""
         last, highest = (self.forms[self.main].format(each[self.main]) for each in (values, best_values))
         self._say(
-            f"done: {self.main} {last}, best {highest} in {best}; {seen}; "
+            f"done: {self.main} {last}, best {highest} in {best}{told}; {seen}; "
             f"tensorboard --logdir {Path(self.config.run_dir).parent}"
         )
 

@@ -13,6 +13,7 @@ from distrib.training.meters import Sums, Totals, images_and_hits
 from distrib.training.objective import Objective
 
 IMAGES = "images"  # the number of images of an evaluation, if some were left out
+MISSED = "missed_classes"  # the number of classes of which no image was recognized, if there are any
 BY_CLASS = "by class"  # the images and hits of each class
 
 
@@ -21,15 +22,18 @@ def evaluate(
 ) -> dict[str, float]:
     """The meters of `network` on the whole validation set, `size` images at a time. Every rank must call this.
 
-    If bad images were left out, the number of the others is there too. Raises UserError if no image can be used.
+    If bad images were left out, the number of the others is there too, and so is the number of classes of which no image was
+    recognized. Raises UserError if no image can be used.
     """
     return values_of(measure(network, loader, objective, accelerator, size, views), objective, len(loader.source.val))
 
 
 def values_of(totals: Totals, objective: Objective, all_images: int) -> dict[str, float]:
     """What is reported of the sums over a validation set."""
-    images = round(totals.images.item())
-    return totals.values(objective.meters) | ({IMAGES: float(images)} if images < all_images else {})
+    images, (of_class, hits) = round(totals.images.item()), totals.sums[BY_CLASS].cpu()
+    missed = int(((of_class > 0) & (hits == 0)).sum())
+    extra = ({IMAGES: float(images)} if images < all_images else {}) | ({MISSED: float(missed)} if missed else {})
+    return totals.values(objective.meters) | extra
 
 
 @torch.no_grad()
@@ -40,10 +44,8 @@ def measure(
     accelerator: Accelerator,
     size: int,
     views: int,
-    *,
-    by_class: bool = False,
 ) -> Totals:
-    """The sums of the meters over the validation images of all ranks, maybe with those of each class.
+    """The sums of the meters over the validation images of all ranks, with the images and hits of each class.
 
     Logits are averaged over the `views` of each image. The shares of the ranks may be uneven: `network` is not wrapped in DDP,
     so the ranks exchange nothing before the sums.
@@ -52,7 +54,7 @@ def measure(
     totals = Totals.zero(accelerator.device)
 
     def sums_of(logits: Tensor, targets: Tensor) -> Sums:
-        return objective.measure(logits, targets) | ({BY_CLASS: images_and_hits(logits, targets)} if by_class else {})
+        return objective.measure(logits, targets) | {BY_CLASS: images_and_hits(logits, targets)}
 
     with evaluating(network):
         for images, targets in loader.val(size):
