@@ -59,7 +59,7 @@ def scan(args: Sequence[str]) -> tuple[list[str], bool]:
     looks: dict[str, list[Look]] = {}
     with (
         ProcessPoolExecutor(cores_of_a_rank(1), get_context("fork")) as pool,
-        tqdm(total=len(source.train) + len(source.val), unit=" images", leave=False) as bar,
+        tqdm(total=len(source.train) + len(source.val), unit=" images", leave=False, disable=None) as bar,
     ):
         for split, files in splits.items():
             paths = [files.name_of(number) for number in range(len(files))]
