@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -243,3 +244,17 @@ def test_pixels_and_the_center_of_the_whole_picture_are_the_same(tmp_path: Path)
     for spec in (ImageSpec(32, 48), ImageSpec(64, 64, "pad"), ImageSpec(100, 20, "stretch"), ImageSpec(300, 300)):
         shown = pixels_of(tmp_path / "a.jpg", spec, spec.center)
         assert torch.equal(shown, center_of(picture_of(tmp_path / "a.jpg", spec), spec))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+def test_the_code_in_a_model_card_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    run = trained(tmp_path)
+    export(run, tmp_path / f"model{suffix}")
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / f"model{suffix}.md").read_text(), re.S)
+    Image.effect_noise((20, 30), 90).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"photo": "photo.png"}
+    exec(code, space)
+    classifier = distrib.load(run, device="cpu")
+    expected = classifier.logits(classifier.pixels("photo.png")[None])
+    torch.testing.assert_close(torch.as_tensor(space["logits"]), expected, rtol=1e-4, atol=1e-4)

@@ -112,7 +112,7 @@ class Format(NamedTuple):
     usage: str
 
 
-PICTURE = "images = numpy.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGB'))[None]"
+PICTURE = "images = numpy.array(PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGB'))[None]"
 FORMATS = {
     ".safetensors": Format(
         write_safetensors, run_safetensors, (), "import distrib\n\nclassifier = distrib.load({name!r})\nlogits = "
