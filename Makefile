@@ -21,7 +21,7 @@ test-quick: .venv/ready-for-tests
 kill-storm: .venv/ready-for-tests
 	DISTRIB_KILLS=200 $(BIN)/python -m pytest -s tests/test_survival.py -k killed_again
 
-# every way to stop a run, under every launcher, about 40 minutes
+# every way to stop a run, under every launcher, about an hour
 stops: .venv/ready-for-tests
 	DISTRIB_ALL_STOPS=1 $(BIN)/python -m pytest -s tests/test_survival.py -k asked_to_stop
 
