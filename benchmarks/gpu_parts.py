@@ -100,7 +100,7 @@ def tax(quick: bool, *keys: str) -> Record:
         if step == 0:
             clock.append(now())
         optimizer.param_groups[0]["lr"] = run.schedule(step)
-        loss_of(run.model(images), labels).backward()
+        loss_of(state.model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
     clock.append(now())

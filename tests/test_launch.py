@@ -58,7 +58,7 @@ def told(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["data.name=digit"], "there is no data set 'digit': use one of digits, mnist, "),
         (["data.name=folder", "data.root=/nowhere"], "data.root=/nowhere is not a folder"),
-        (["model.name=resnet19"], "there is no model 'resnet19': use cnn or airbench, or one of torchvision: "),
+        (["model.name=resnet19"], "there is no model 'resnet19': use cnn, airbench, timm:NAME, or one of torchvision: "),
         (["model.weights=/nowhere.pth"], "model.weights=/nowhere.pth cannot be read"),
         (["batch_size=2000"], "batch_size 2000 is more than the 1437 training images"),
         (["micro_batches=129"], "micro_batches 129 is more than the 128 images of a rank's share of a batch: use 128 or fewer"),

@@ -101,8 +101,8 @@ def watch(seen: Seen) -> None:
     def stepped(state: TrainState, batch: loaders.Batch, run: Run) -> None:
         seen.batches.append(batch.images.clone())
         seen.exchanged.append(0)
-        if state.step == 0 and isinstance(run.model, DistributedDataParallel):
-            run.model.register_comm_hook(seen, exchange)
+        if state.step == 0 and isinstance(state.model, DistributedDataParallel):
+            state.model.register_comm_hook(seen, exchange)
         step(state, batch, run)
 
     loaders.Augment.__call__ = noted

@@ -66,7 +66,7 @@ def keys(root: Path, workers: int) -> list[str]:
 def whole(root: Path) -> dict[tuple[int, int], Path]:
     """The same runs without SLURM, undisturbed, by ranks and loader workers."""
     runs = {}
-    for ranks, workers in ((1, 0), (2, 0), (2, 2), (4, 0)):
+    for ranks, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (4, 0)):
         run_dir = runs[ranks, workers] = root / f"whole_{ranks}_{workers}"
         done = launch(ranks, "train.py", *keys(root, workers), f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
@@ -143,11 +143,13 @@ def test_a_job_that_is_told_to_stop_goes_back_into_the_queue_and_on(
 def test_preempted_jobs_go_on_when_the_other_one_is_done(
     slurm: Cluster, root: Path, whole: dict[tuple[int, int], Path]
 ) -> None:
-    """One in a partition that gives them time to leave, and one in a partition that does not."""
-    options = ["--nodes=1", "--exclusive"]
+    """One in a partition that gives them time to leave, and one in a partition that does not. The first has loader workers,
+    which get the signal too."""
+    options, workers = ["--nodes=1", "--exclusive"], (2, 0)
+    places = [("node1", "main"), ("node2", "graceless")]
     jobs = [
-        Job(slurm, root / f"preempted_{where}", keys(root, 0), *options, f"--nodelist={node}", f"--partition={where}", **SLOW)
-        for node, where in (("node1", "main"), ("node2", "graceless"))
+        Job(slurm, root / f"preempted_{where}", keys(root, n), *options, f"--nodelist={node}", f"--partition={where}", **SLOW)
+        for n, (node, where) in zip(workers, places, strict=True)
     ]
     for job in jobs:
         job.reports()
@@ -155,8 +157,8 @@ def test_preempted_jobs_go_on_when_the_other_one_is_done(
     slurm.wait(slurm.sbatch(*urgent, "--output=/dev/null", "--wrap=sleep 1"), "COMPLETED")
     for job in jobs:
         slurm.release(job.id)
-    for job in jobs:
-        job.completes(1, whole[1, 0])
+    for n, job in zip(workers, jobs, strict=True):
+        job.completes(1, whole[1, n])
         assert re.search(STOPPED, job.output.read_text(), re.M)
 
 
