@@ -17,7 +17,7 @@ test: .venv/ready-for-tests
 test-quick: .venv/ready-for-tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" $(ARGS)
 
-# 200 kills, and 50 with collectives that block when a rank is gone, about 70 minutes
+# 200 kills, 50 with collectives that block when a rank is gone, and 20 across a thaw, about 70 minutes
 kill-storm: .venv/ready-for-tests
 	DISTRIB_KILLS=200 $(BIN)/python -m pytest -s tests/test_survival.py -k killed_again
 

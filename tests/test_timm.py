@@ -146,6 +146,7 @@ def test_images_are_shown_as_to_the_weights_and_a_run_that_resumes_needs_no_weig
     path.unlink()
     more = load_config([f"{tmp_path}/run/config.yaml", f"run_dir={tmp_path / 'run'}", "epochs=2"])
     assert train(more, changes={"epochs"}).step == 6
+    assert "as the weights" not in capsys.readouterr().out
     assert chosen(tmp_path) == (keys, image)
 
 

@@ -107,7 +107,7 @@ def choose(config: Config, earlier: Mapping[str, Any], device: torch.device) -> 
 
 
 def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[str]]:
-    """`config` with images shown as those of `config.model.weights` were, for keys that are auto; and a line for the user.
+    """`config` with images shown as those of `config.model.weights` were, for keys that are auto; and a line if the run starts.
 
     A run that resumes keeps what it has. If the data set is a program's `own`, it keeps its mean and std. Every rank must call
     this. Raises UserError if there are no such weights.
@@ -116,20 +116,20 @@ def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[s
     keys = [f"data.{name}" for name in ("size", "center_crop", "filter") if applies(config, "data.size")] + keys
     values = {each.name: each.value for each in keys_of(config)}
 
-    def look() -> dict[str, Any]:
+    def look() -> tuple[dict[str, Any], bool]:
         file, manifest = Path(config.run_dir, "config.yaml"), latest_manifest(Path(config.run_dir))
         if manifest:
-            return dict(dotted(manifest["config"]))
+            return dict(dotted(manifest["config"])), False
         if file.exists():
-            return {each.name: each.value for each in keys_of(read_config(file))}
-        return shown_with(config.model) if config.model.weights else {}
+            return {each.name: each.value for each in keys_of(read_config(file))}, False
+        return shown_with(config.model) if config.model.weights else {}, True
 
     if not any(values[key] == AUTO for key in keys):
         return config, []
-    found = ranks.on_rank0(look)
+    found, starts = ranks.on_rank0(look)
     new = {key: as_text(found[key]) for key in keys if values[key] == AUTO and found.get(key, AUTO) != AUTO}
     words = " ".join(f"{key}={value}" for key, value in new.items())
-    return with_values(config, new, ""), [f"images as the weights were trained on: {words}"] if new else []
+    return with_values(config, new, ""), [f"images as the weights were trained on: {words}"] if new and starts else []
 
 
 def as_text(value: Any) -> str:
