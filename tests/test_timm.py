@@ -1,6 +1,7 @@
 """timm's networks by name, and images shown as those were that weights were trained on."""
 
 import json
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torchvision import models
 from torchvision.models import WeightsEnum
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -182,3 +184,20 @@ def test_the_mean_of_colors_becomes_that_of_grey(tmp_path: Path) -> None:
     config = config_of(tmp_path, "data.mean=0.1,0.2", f"run_dir={tmp_path / 'two'}")
     with pytest.raises(UserError, match=r"^data.mean has 2 numbers, but images have 3 channels: give 1 or 3$"):
         train(config)
+
+
+def test_a_checkpoint_that_timms_script_saves_is_loaded_with_its_moving_average(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=7)
+    average = ModelEmaV3(network)
+    with torch.no_grad():
+        for weight in average.module.parameters():
+            weight.add_(1)
+    arguments, optimizer = Namespace(model="test_resnet", lr=0.1), torch.optim.SGD(network.parameters(), 0.1)
+    saver = CheckpointSaver(network, optimizer, arguments, average, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=50.0)
+    [path] = tmp_path.glob("checkpoint-*.pth.tar")
+    lines: list[str] = []
+    config = ModelConfig(name="timm:test_resnet", weights=str(path))
+    loaded = build_model(config, (3, 64, 64), classes=7, tell=lines.append).state_dict()
+    assert [name for name, each in average.module.state_dict().items() if not torch.equal(each, loaded[name])] == []
+    assert lines == [f"weights: {len(loaded)} of {len(loaded)} tensors from {path} (its key state_dict_ema)"]
