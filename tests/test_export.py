@@ -1,5 +1,6 @@
 """Exported networks: the answers of the checkpoint, in other runtimes, from decoded pictures of any size."""
 
+import errno
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from distrib import train
 from distrib.command_line import load_config
 from distrib.data.pixels import ImageSpec, center_of, picture_of, pixels_of
 from distrib.data.resize import center_resized
-from distrib.errors import RunError, UserError
+from distrib.errors import DiskError, RunError, UserError
 from distrib.inference import graph
 from distrib.inference.evaluate import evaluate, evaluate_classes
 from distrib.inference.export import export
@@ -202,8 +203,23 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "there.pt2").read_bytes() == b"mine"
     assert told("model.tflite").endswith("model.tflite has no known suffix: give .safetensors, .pt2, .onnx")
     assert told("none/model.pt2") == f"the folder {tmp_path / 'none'} does not exist"
+    assert told("model.pt2", keys={"data.root": "elsewhere"}).startswith("data.root would be ignored: ")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert told("model.pt2") == f"the folder {tmp_path} cannot be written to: give another one"
     monkeypatch.setattr("distrib.inference.export.find_spec", lambda name: None)
     assert told("model.onnx") == ".onnx needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime"
+
+
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = trained(tmp_path)
+    monkeypatch.setattr("distrib.inference.export.shutil.copyfileobj", full)
+    with pytest.raises(DiskError, match=r"^.*model.safetensors cannot be written: No space left on device$"):
+        export(run, tmp_path / "model.safetensors")
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
 
 
 def test_bad_images_are_left_out_and_counted_if_the_run_skips_them(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_network_of_timm_takes_the_size_channels_and_classes_of_the_data(name:
 @pytest.mark.parametrize(
     ("name", "weights", "words"),
     [
-        ("timm:resnet19", "", "timm has no network 'resnet19': it has "),
+        ("timm:resnet19", "", r"timm has no network 'resnet19': did you mean .*resnet18.*\?"),
         ("timm:zzz", "", r"timm has no network 'zzz': timm.list_models\(\) lists them"),
         (
             "timm:resnet50.nobody",

@@ -20,10 +20,11 @@ from distrib.config import OWN
 from distrib.data.datasets import load_source
 from distrib.data.pixels import ImageSpec, center_of, picture_of
 from distrib.data.source import Arrays, Files, Source
-from distrib.errors import RunError, UserError
+from distrib.errors import DiskError, RunError, UserError
 from distrib.inference.card import card, facts_of
 from distrib.inference.classifier import Classifier, load, refuse_other_classes
 from distrib.inference.graph import FORMATS, Answers
+from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder
 from distrib.runtime import disk
 from distrib.runtime.disk import read_from
@@ -91,8 +92,11 @@ def export(
         raise UserError(f"{out.suffix} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     if out.exists() or not out.parent.is_dir():
         raise UserError(f"{out} exists: give another name" if out.exists() else f"the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"the folder {out.parent} cannot be written to: give another one")
     classifier = load(run, network=network, device="cpu")
     config = with_values(classifier.config, keys, "")
+    refuse_keys_that_do_not_apply(config, {*keys})
     if source is None and config.data.name.startswith(OWN):
         raise UserError(f"{run} was trained with data.name={config.data.name}, an object: pass it to export() too")
     disk.retries = disk.Retries(limit=config.limits.read)
@@ -104,8 +108,11 @@ def export(
         found = compared(form.run(made), classifier, source.val, skip=config.data.bad_images == "skip")
         text = Path(room, "card.md")
         text.write_text(card(classifier, out.name, str(found), form.usage.format(name=out.name)), encoding="utf-8")
-        place(text, out.with_name(f"{out.name}.md"))
-        place(made, out)
+        try:
+            place(text, out.with_name(f"{out.name}.md"))
+            place(made, out)
+        except OSError as error:
+            raise DiskError(f"{out} cannot be written: {error.strerror}") from None
     return found
 
 
@@ -166,7 +173,7 @@ def picture_named(path: str, spec: ImageSpec) -> Tensor:
 def place(made: Path, target: Path) -> None:
     """Copy a file to its place. After a kill at any time, it is there as it was, or complete, and nothing else is there.
 
-    The copy has no name until it is complete, where the file system can do that.
+    The copy has no name until it is complete, where the file system can do that. Raises OSError.
     """
     with suppress(FileNotFoundError):
         target.unlink()
@@ -174,7 +181,7 @@ def place(made: Path, target: Path) -> None:
         handle = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except (AttributeError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
-            raise UserError(f"{target} cannot be written: {error.strerror}") from None
+            raise
         partial = target.with_name(f".{target.name}.partial")
         shutil.copyfile(made, partial)
         disk.to_disk(partial)

@@ -1,5 +1,6 @@
 """timm's networks, their published weights, and how the images of these weights were shown. timm is an optional dependency."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ def published(name: str) -> Any:
     except RuntimeError as error:  # an unknown tag
         raise UserError(f"model.name={name}: {error} timm.list_pretrained() lists the names with their tags") from None
     if found is None:
-        near = ", ".join(timm.list_models(f"*{known.split('.')[0][:6]}*")[:8])
-        raise UserError(f"timm has no network {known!r}: " + (f"it has {near}" if near else "timm.list_models() lists them"))
+        near = get_close_matches(known.partition(".")[0], timm.list_models(), n=5)
+        way_out = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"timm has no network {known!r}: {way_out}")
     return found
 
 
