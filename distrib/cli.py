@@ -75,13 +75,19 @@ def evaluate(args: Sequence[str]) -> int:
     if "--help" in args:
         return exits.print_once(EVALUATE_USAGE)
     words = [arg for arg in args if arg != "--json"]
-    keys = dict(arg.split("=", 1) for arg in words[1:] if arg.startswith("data.") and "=" in arg)
-    if not words or len(keys) < len(words) - 1:
+    keys = keys_of_data(words[1:])
+    if not words or keys is None:
         raise UserError("give a run folder or a checkpoint, and keys of data only: distrib evaluate RUN [data.root=FOLDER]")
     from distrib.inference import evaluate as inference
 
     found = inference.evaluate_classes(words[0], keys=keys)
     return exits.print_once(inference.as_json(found) if "--json" in args else "\n".join(inference.report(found)))
+
+
+def keys_of_data(args: Sequence[str]) -> dict[str, str] | None:
+    """The keys of data, as text; None if an argument is something else, or a key is there twice."""
+    keys = dict(arg.split("=", 1) for arg in args if arg.startswith("data.") and "=" in arg)
+    return keys if len(keys) == len(args) else None
 
 
 def predict(args: Sequence[str]) -> int:
@@ -111,8 +117,8 @@ def export(args: Sequence[str]) -> int:
 
     if "--help" in args:
         return exits.print_once(inference.USAGE)
-    keys = dict(arg.split("=", 1) for arg in args[2:] if arg.startswith("data.") and "=" in arg)
-    if len(args) < 2 or len(keys) < len(args) - 2:
+    keys = keys_of_data(args[2:])
+    if len(args) < 2 or keys is None:
         raise UserError("give a run and a file, and keys of data only: distrib export RUN OUT.onnx [data.root=FOLDER]")
     if env_world_size() > 1:
         raise UserError("distrib export runs in one process: start it without a launcher")

@@ -1,6 +1,6 @@
 """Image files, read by loader workers. A random crop is a function of (seed, epoch, image)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,9 +70,14 @@ class Reader:
     def _read(self, number: int, drawn: Sequence[float]) -> Tensor:
         path, spec, area = self.files.name_of(number), self.files.spec, self.crop_area
         choose = spec.center if area is None else lambda width, height: spec.random(width, height, area, drawn)
-        try:
-            return read_from(path, lambda: pixels_of(path, spec, choose))
-        except UserError as error:
-            raise UserError(f"{path} cannot be used: {error}") from None
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as an image: {error}") from None
+        return read_image(path, lambda: pixels_of(path, spec, choose))
+
+
+def read_image(path: str, read: Callable[[], Tensor]) -> Tensor:
+    """What `read` reads of an image file. Raises UserError if the image cannot be used, and DiskError if not now."""
+    try:
+        return read_from(path, read)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from None

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from distrib.command_line import with_values
 from distrib.config import OWN
 from distrib.data.datasets import load_source
+from distrib.data.files import read_image
 from distrib.data.pixels import ImageSpec, center_of, picture_of
 from distrib.data.source import Arrays, Files, Source
 from distrib.errors import DiskError, RunError, UserError
@@ -27,7 +29,6 @@ from distrib.inference.graph import FORMATS, Answers
 from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder
 from distrib.runtime import disk
-from distrib.runtime.disk import read_from
 
 USAGE = """\
 usage: distrib export RUN OUT.safetensors|OUT.pt2|OUT.onnx [data.KEY=value ...]
@@ -143,8 +144,9 @@ def batches(split: Arrays | Files, spec: ImageSpec, found: Comparison, *, skip: 
         return
     pictures, numbers = list[Tensor](), list[int]()
     for number in range(len(split)):
+        path = split.name_of(number)
         try:
-            picture = picture_named(split.name_of(number), spec)
+            picture = read_image(path, partial(picture_of, path, spec))
         except UserError:
             if not skip:
                 raise
@@ -158,16 +160,6 @@ def batches(split: Arrays | Files, spec: ImageSpec, found: Comparison, *, skip: 
         numbers.append(number)
     if pictures:
         yield torch.stack(pictures), split.targets[numbers]
-
-
-def picture_named(path: str, spec: ImageSpec) -> Tensor:
-    """The picture in a file. Raises UserError if it cannot be used, and DiskError if it cannot be read now."""
-    try:
-        return read_from(path, lambda: picture_of(path, spec))
-    except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 
 def place(made: Path, target: Path) -> None:
