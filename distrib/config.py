@@ -84,8 +84,10 @@ class DataConfig(Checked):
     )  # fmt: skip
     crop_area: float = key(0.25, "smallest fraction of an image that a random training crop shows", "(0, 1]", only=IMAGE_FILES)
     translate: int = key(1, "largest random shift of a training image, in pixels, vertically and horizontally", "[0, inf)")
-    flip: Literal["none", "random", "alternating"] = key(
-        "none", "swap left and right in half of the training images of an epoch; alternating: of each in every second epoch"
+    flip: Literal["none", "random", "alternating", "both"] = key(
+        "none",
+        "swap left and right in half of the training images of an epoch; alternating: of each in every second epoch; both: "
+        "top and bottom too, in half of them",
     )
     cutout: int = key(0, "side of the square that is blanked with the mean color (Cutout), in pixels; 0: none", "[0, inf)")
 

@@ -50,6 +50,13 @@ def test_every_translation_occurs_and_half_of_the_images_are_mirrored() -> None:
     assert 4300 < mirrored < 4700
 
 
+def test_with_flips_both_ways_each_of_the_four_sides_is_shown_as_often() -> None:
+    corner = torch.tensor([[1, 0], [0, 0]], dtype=torch.uint8).expand(8000, 1, 2, 2)
+    flipped = Augment(DataConfig(translate=0, flip="both"), seed=0, mean=MEAN)(corner, Share(0, torch.arange(8000)))
+    assert torch.equal(flipped.sum((1, 2, 3)), torch.ones(8000))
+    assert (flipped.sum(0) - 2000).abs().max() < 160  # four standard deviations
+
+
 def test_noise_follows_the_image_whatever_batch_it_is_in() -> None:
     augment = Augment(ALL, seed=5, mean=MEAN)
     whole = augment(IMAGES, Share(3, torch.arange(200)))

@@ -141,11 +141,12 @@ STREAMS = {
     FLIP: ("6814d0025c34d224", "da70aca01a3f9c83", "13b44f7d340075ff", "3e4549efbef3039e"),
 }
 # What epochs 0 and 1 make of the same images, by translate, flip and cutout.
-AUGMENTED: dict[tuple[int, Literal["none", "random", "alternating"], int], tuple[str, str]] = {
+AUGMENTED: dict[tuple[int, Literal["none", "random", "alternating", "both"], int], tuple[str, str]] = {
     (2, "random", 3): ("d1bb81ae20969239", "221717fabbeede23"),
     (2, "alternating", 3): ("b8642f4fd3cc4d7e", "3601301b8981e5bd"),
     (0, "random", 0): ("e14fb7d4a88ad43a", "58277bb4c643b172"),
     (0, "alternating", 4): ("94adc8b9122f6fd7", "aff6eb6f38fbb375"),
+    (1, "both", 3): ("f777210b050f7b0e", "63a4c0621ae65870"),
 }
 
 

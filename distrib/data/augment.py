@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distrib.config import DataConfig
-from distrib.data.steps import AUGMENT, FLIP, Share, fold, noise
+from distrib.data.steps import AUGMENT, FLIP, VERTICAL_FLIP, Share, fold, noise
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Translates, mirrors and cuts out training images, (n, channels, height, width) uint8, as `config` says.
+    """Translates, flips and cuts out training images, (n, channels, height, width) uint8, as `config` says.
 
     Cut out pixels get the `mean` of the data set, (channels,) uint8.
     """
@@ -29,11 +29,14 @@ class Augment:
         ids = share.images.to(images.device)
         # The numbers depend on `draws` too: with one more draw, all of them change.
         down, right, half, row, column = noise(fold(self.seed, AUGMENT, share.epoch), ids, draws=5).unbind(1)
-        mirror = None if flip == "none" else half < 0.5 if flip == "random" else self.alternates(ids, share.epoch)
+        mirror = None if flip == "none" else self.alternates(ids, share.epoch) if flip == "alternating" else half < 0.5
         if most:
             images = translate(images, down, right, mirror, most)
         elif mirror is not None:
-            images = mirror_where(images, mirror)
+            images = flip_where(images, mirror, axis=3)
+        if flip == "both":
+            upside_down = noise(fold(self.seed, VERTICAL_FLIP, share.epoch), ids, draws=1)[:, 0] < 0.5
+            images = flip_where(images, upside_down, axis=2)
         return cutout(images, row, column, side, self.mean) if side else images
 
     def alternates(self, ids: Tensor, epoch: int) -> Tensor:
@@ -60,10 +63,10 @@ def translate(images: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None
     return padded.gather(2, pixels.view(n, 1, -1).expand(n, channels, -1)).view(images.shape)
 
 
-def mirror_where(images: Tensor, mirror: Tensor) -> Tensor:
-    """Mirror each image where `mirror` (n,) is true. On a CPU this takes half the time of torch.where."""
-    sides = mirror[:, None, None, None]
-    return images.flip(3) * sides + images * ~sides
+def flip_where(images: Tensor, which: Tensor, axis: int) -> Tensor:
+    """Flip each image along an axis where `which` (n,) is true. On a CPU this takes half the time of torch.where."""
+    which = which[:, None, None, None]
+    return images.flip(axis) * which + images * ~which
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, mean: Tensor) -> Tensor:

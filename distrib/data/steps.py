@@ -16,8 +16,8 @@ from distrib.config import refuse_uneven
 from distrib.errors import UserError
 
 # Each use of random numbers has its own stream. The values are part of every run: add new ones at the end. FLIP is that of
-# alternating flips; random flips take a number of AUGMENT.
-ORDER, AUGMENT, CROP, DROPOUT, FLIP, REPLACE = range(6)
+# alternating flips; random ones of left and right take a number of AUGMENT.
+ORDER, AUGMENT, CROP, DROPOUT, FLIP, REPLACE, VERTICAL_FLIP = range(7)
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # shifts and factors of SplitMix64
