@@ -44,7 +44,8 @@ usage: distrib evaluate RUN [data.KEY=value ...] [--json]
        accelerate launch -m distrib evaluate RUN ...    on all devices of a machine
 
 Evaluates the best checkpoint of the run folder RUN, or the checkpoint RUN, on the validation images of the run;
-data.root=FOLDER names others with the same classes. The result is exact on any number of ranks."""
+data.root=FOLDER names others with the same classes, and data.holdout=1 uses all images of class folders that are not
+split. The result is exact on any number of ranks."""
 
 
 def train(args: Sequence[str]) -> int:

@@ -75,7 +75,10 @@ class DataConfig(Checked):
     )  # fmt: skip
     max_pixels: int = key(10**9, "largest number of pixels of an image", "[1, inf)", free=True, only=LISTED)
     holdout: float = key(
-        0.2, "fraction of the images that is held out, by their paths, if there are no validation images", "(0, 1)",
+        0.2,
+        "fraction of the images that is held out, by their paths, if there are no validation images; 1: all, which can be "
+        "evaluated only",
+        "(0, 1]",
         only=LISTED,
     )  # fmt: skip
     bad_images: Literal["stop", "skip"] = key(

@@ -76,7 +76,7 @@ def train(
         watchdog.channel = channel = cleanup.enter_context(ranks.connected(config))
         config, shown = with_pixels_of_weights(config, own=source is not None)
         data = (source or load_shared(config.data)).normalized_as(config.data)
-        refuse_keys_of_other_images(config, data)
+        refuse_keys_of_other_data(config, data)
         fingerprint = agreed_fingerprint(data, own=source is not None)
         identity = Identity(config, data, fingerprint, objective or build_objective(config), changes)
         vote, status = StopVote(config, channel), Status(Path(config.run_dir), began)
@@ -224,8 +224,10 @@ def with_names_of(
     return config
 
 
-def refuse_keys_of_other_images(config: Config, source: Source) -> None:
-    """Raise UserError if a key for image files was given with images in memory, or the reverse."""
+def refuse_keys_of_other_data(config: Config, source: Source) -> None:
+    """Raise UserError if a key is for image files, and the images are in memory, or the reverse; or if all are held out."""
+    if config.data.holdout == 1:
+        raise UserError("data.holdout=1 leaves no images to train on: it is for evaluation; give a smaller one")
     in_memory = isinstance(source.train, Arrays)
     idle, kind = ({"data.workers", "data.crop_area"}, "image files") if in_memory else ({"data.resident"}, "images in memory")
     given = sorted(idle & keys_changed(config))

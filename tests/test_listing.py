@@ -24,7 +24,7 @@ def pictures(*folders: Path, number: int = 8, suffix: str = "jpg") -> None:
 
 
 def listed(root: Path, holdout: float = 0.2) -> Listing:
-    return list_folder(root, holdout, given=False)
+    return list_folder(root, holdout)
 
 
 def names(images: list[tuple[str, str]], root: Path) -> set[str]:
@@ -74,10 +74,10 @@ def test_a_class_keeps_an_image_to_train_on(tmp_path: Path) -> None:
     assert "no validation images of the class c" in found.notes
 
 
-def test_a_holdout_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+def test_a_holdout_that_is_not_used_is_told(tmp_path: Path) -> None:
     pictures(*(tmp_path / split / name for split in ("train", "val") for name in "ab"))
-    with pytest.raises(UserError, match=r"data.holdout would be ignored: .* has validation images; omit it"):
-        load_source(DataConfig(name="folder", root=str(tmp_path), holdout=0.3), download=False)
+    assert "data.holdout=0.3 is not used, since there are validation images" in listed(tmp_path, holdout=0.3).notes
+    assert not listed(tmp_path).notes
 
 
 def test_junk_is_left_out_and_counted_by_its_kind(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_classes_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         listed(tmp_path / "nowhere")
     shutil.rmtree(tmp_path / "train")
-    with pytest.raises(UserError, match=r"has val/, but no train/"):
+    with pytest.raises(UserError, match=r"val/, but no train/: to evaluate all images in it, data.root=.*/val data.holdout=1$"):
         listed(tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_a_table_lists_images_labels_and_splits(tmp_path: Path, head: str, line:
         for i in range(8)
     ]
     (tmp_path / "labels.csv").write_text(head + "\n".join(rows) + "\n\n", encoding="utf-8")
-    found = list_table(tmp_path / "labels.csv", 0.2, given=False)
+    found = list_table(tmp_path / "labels.csv", 0.2)
     assert [(Path(path).name, name) for path, name in found.train] == [(f"{i:03d}.jpg", "xy"[i % 2]) for i in range(4)]
     assert [Path(path).name for path, _ in found.val] == ["004.jpg", "005.jpg"]
     assert found.notes == ["images of other splits are not used: 2 of 'extra'"]
@@ -194,7 +194,7 @@ def test_the_same_images_are_held_out_of_a_table_as_of_a_folder(tmp_path: Path) 
     pictures(tmp_path / "a", tmp_path / "b", number=100)
     rows = [f"{name}/{i:03d}.jpg,{name}" for name in "ab" for i in range(100)]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    table = list_table(tmp_path / "labels.csv", 0.2, given=False)
+    table = list_table(tmp_path / "labels.csv", 0.2)
     assert table.val == listed(tmp_path).val
 
 

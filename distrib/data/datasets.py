@@ -111,9 +111,9 @@ def table(config: DataConfig, download: bool) -> Source:
 
 
 def of_files(list_images: Callable[..., Listing], config: DataConfig) -> Source:
-    root, given = Path(config.root), config.holdout != DataConfig.holdout
+    root = Path(config.root)
     try:
-        listing = read_from(root, lambda: list_images(root, config.holdout, given=given))
+        listing = read_from(root, lambda: list_images(root, config.holdout))
     except OSError as error:
         raise UserError(f"data.root={root} cannot be read: {error.strerror} ({error.filename})") from None
     classes = listing.classes()

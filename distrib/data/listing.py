@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
+from distrib.config import DataConfig
 from distrib.data.pixels import SUFFIXES, is_image
 from distrib.errors import UserError, one_line
 
@@ -53,17 +54,20 @@ class Listing:
         return sorted(known, key=lambda name: (0, int(name), name) if all(map(str.isdecimal, known)) else (1, 0, name))
 
 
-def list_folder(root: Path, holdout: float, *, given: bool) -> Listing:
+def list_folder(root: Path, holdout: float) -> Listing:
     """The images in a folder: train/CLASS/ and val/CLASS/, or CLASS/, of which a fraction `holdout` is held out.
 
-    `given`: the user asked for `holdout`. Raises UserError, and OSError if a folder cannot be read.
+    Raises UserError, and OSError if a folder cannot be read.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder")
     splits = {normalize("NFC", each.name).lower(): Path(each.path) for each in os.scandir(root) if each.is_dir()}
     vals = [name for name in VAL if name in splits]
     if "train" not in splits and vals:
-        raise UserError(f"data.root={root} has {splits[vals[0]].name}/, but no train/")
+        name = splits[vals[0]].name
+        raise UserError(
+            f"data.root={root} has {name}/, but no train/: to evaluate all images in it, data.root={root / name} data.holdout=1"
+        )
     train = splits.get("train", root)
     listing, left_out = Listing(root, (train, splits[vals[0]] if vals else train)), Counter[str]()
     listing.train = list_classes(train, listing, left_out)
@@ -71,7 +75,7 @@ def list_folder(root: Path, holdout: float, *, given: bool) -> Listing:
         listing.val = list_classes(splits[vals[0]], listing, left_out)
         if vals[1:]:
             listing.notes.append(f"validation uses {vals[0]}/; {words(vals[1:])}/ is not used")
-    hold_out(listing, holdout, given=given)
+    hold_out(listing, holdout)
     if left_out:
         listing.notes.append(f"left out: {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}")
     return listing
@@ -128,14 +132,19 @@ def kind_of_junk(name: str) -> str:
     return "hidden files" if name.startswith(".") else "files of the system" if name.lower() in SYSTEM else ""
 
 
-def hold_out(listing: Listing, holdout: float, *, given: bool) -> None:
-    """If there are no validation images, move a fraction `holdout` of the training images there. Raises UserError.
+def hold_out(listing: Listing, holdout: float) -> None:
+    """If there are no validation images, move a fraction `holdout` of the training images there.
 
-    Whether an image is held out depends on its path only, so another image moves none. A class keeps one to train on.
+    Whether an image is held out depends on its path only, so another image moves none. A class keeps one to train on, unless
+    `holdout` is 1: then every image is for validation, and none is moved.
     """
     if listing.val:
-        if given:
-            raise UserError(f"data.holdout would be ignored: {listing.root} has validation images; omit it")
+        if holdout != DataConfig.holdout:
+            listing.notes.append(f"data.holdout={holdout:g} is not used, since there are validation images")
+        return
+    if holdout == 1:
+        listing.val = [*listing.train]
+        listing.notes.append(f"data.holdout=1: all {len(listing.val):,} images are for validation")
         return
     places = {path: place(path, listing.bases[0]) for path, _ in listing.train}
     last = {name: path for path, name in sorted(listing.train, key=lambda each: places[each[0]])}  # of each class
@@ -151,7 +160,7 @@ def place(path: str, base: Path) -> float:
     return int.from_bytes(hashlib.sha256(relative.encode(errors="surrogateescape")).digest()[:7]) / 2**56
 
 
-def list_table(file: Path, holdout: float, *, given: bool) -> Listing:
+def list_table(file: Path, holdout: float) -> Listing:
     """The images in a table (CSV): path, label and maybe split. Paths are relative to the table. Raises UserError."""
     listing = Listing(file, (file.parent, file.parent))
     try:
@@ -183,7 +192,7 @@ def list_table(file: Path, holdout: float, *, given: bool) -> Listing:
     if of_split:
         counts = ", ".join(f"{len(images):,} of {name!r}" for name, images in of_split.items())
         listing.notes.append(f"images of other splits are not used: {counts}")
-    hold_out(listing, holdout, given=given)
+    hold_out(listing, holdout)
     return listing
 
 
