@@ -138,16 +138,20 @@ def test_a_file_of_weights_that_was_exported_stands_for_its_run(tmp_path: Path) 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_odd_pictures_get_the_same_answers_in_evaluation_prediction_and_export(tmp_path: Path, fit: str) -> None:
     run = trained_on_photos(tmp_path, "data.size=24x32", f"data.fit={fit}", "data.filter=bicubic", "data.crop_area=1")
-    out = tmp_path / "model.onnx"
-    found, values = export(run, out), evaluate_classes(run)
-    assert (found.images, found.hits) == (20, sum(values.hits))
-    classifier, session = distrib.load(run, device="cpu"), onnxruntime.InferenceSession(out)
+    values = evaluate_classes(run)
+    for name in ("model.onnx", "model.pt2"):
+        found = export(run, tmp_path / name)
+        assert (found.images, found.hits) == (20, sum(values.hits))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    classifier = distrib.load(run, device="cpu")
     for path in sorted((tmp_path / "photos" / "val").glob("*/*")):
         picture = picture_of(path, classifier.spec)
         shown = classifier.pixels(path)
         assert torch.equal(center_of(picture, classifier.spec), shown), path
         [logits] = session.run(["logits"], {"images": picture[None].numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), classifier.logits(shown[None]), rtol=1e-4, atol=1e-4)
+        for answer in (torch.from_numpy(logits), program(picture[None])):
+            torch.testing.assert_close(answer, classifier.logits(shown[None]), rtol=1e-4, atol=1e-4)
         other = np.asarray(ImageOps.exif_transpose(Image.open(path)))  # as another program decodes it
         if path.suffix == ".jpg" and other.shape == picture.shape:
             [same] = session.run(["logits"], {"images": other[None]})
