@@ -52,13 +52,15 @@ class DataConfig(Checked):
         AUTO, "height and width of resized images, in pixels: a number, or HxW; auto: as for the weights, else 224",
         only=LISTED,
     )  # fmt: skip
-    fit: Literal["crop", "pad", "stretch"] = key(
-        "crop", "what becomes of an image of another shape: a part of it is shown, or all of it, with a margin or stretched",
+    fit: Literal["auto", "crop", "pad", "stretch"] = key(
+        "auto",
+        "what becomes of an image of another shape: a part of it is shown, or all of it, with a margin or stretched; "
+        "auto: as for the weights, else crop",
         only=LISTED,
-    )  # fmt: skip
+    )
     center_crop: float | str = key(
-        AUTO, "with fit=crop, fraction of the largest crop that validation shows; auto: as for the weights, else 0.875",
-        "(0, 1]", only=LISTED,
+        AUTO, "fraction of the largest crop that validation shows; auto: as for the weights, else 0.875",
+        "(0, 1]", only="data.fit=auto|crop",
     )  # fmt: skip
     filter: Literal["auto", "bilinear", "bicubic"] = key(
         "auto", "how images are resized; auto: as for the weights, else bilinear", only=LISTED

@@ -31,26 +31,41 @@ def keys_of(config: Any, section: str = "") -> Iterator[Key]:
 KEYS = {each.name: each for each in keys_of(Config())}  # with the defaults
 
 
-def applies(config: Config, name: str) -> bool:
-    """Whether a key has an effect, given the other keys of `config`."""
+class Unmet(NamedTuple):
+    """Why a key does not apply: another key has this value, which is not one of `values`."""
+
+    name: str
+    values: list[str]
+    value: str
+
+
+def unmet(config: Config, name: str) -> Unmet | None:
+    """The condition that keeps a key from having an effect, given the other keys of `config`; None if it has one."""
     condition = KEYS[name].meta["only"]
     if not condition:
-        return True
+        return None
     other, _, values = condition.partition("=")
     section, _, leaf = other.partition(".")
     value: str = getattr(getattr(config, section), leaf)
-    return ("own" if value.startswith(OWN) else value) in values.split("|")
+    found = Unmet(other, values.split("|"), value)
+    # The other key must apply too.
+    return unmet(config, other) or (None if ("own" if value.startswith(OWN) else value) in found.values else found)
+
+
+def applies(config: Config, name: str) -> bool:
+    """Whether a key has an effect, given the other keys of `config`."""
+    return unmet(config, name) is None
 
 
 def refuse_keys_that_do_not_apply(config: Config, given: set[str]) -> None:
     """Raise UserError if one of the `given` keys would be ignored."""
-    idle = [name for name in KEYS if name in given and not applies(config, name)]
+    idle = [(name, why) for name in KEYS if name in given and (why := unmet(config, name))]
     if idle:
-        other, _, values = KEYS[idle[0]].meta["only"].partition("=")
-        value = getattr(getattr(config, other.partition(".")[0]), other.partition(".")[2])
+        name, why = idle[0]
+        values = "|".join(each for each in why.values if each != "own")
         raise UserError(
-            f"{', '.join(idle)} would be ignored: {idle[0]} applies to {other}={values.replace('|own', '')} only, "
-            f"and {other} is {value}; omit it"
+            f"{', '.join(each for each, _ in idle)} would be ignored: {name} applies to {why.name}={values} only, "
+            f"and {why.name} is {why.value}; omit it"
         )
 
 

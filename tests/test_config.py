@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
@@ -126,6 +127,14 @@ def test_a_file_whose_path_has_an_equals_sign_is_a_file(tmp_path: Path, monkeypa
         (["data.root=x"], "data.root would be ignored"),
         (["data.workers=1", "data.crop_area=1"], "data.workers, data.crop_area would be ignored"),
         (["data.name=folder", "data.resident=host"], "data.resident would be ignored"),
+        (
+            ["data.name=folder", "data.fit=pad", "data.center_crop=0.9"],
+            "data.center_crop would be ignored: data.center_crop applies to data.fit=auto|crop only, and data.fit is pad",
+        ),
+        (
+            ["data.center_crop=0.9"],
+            "data.center_crop would be ignored: data.center_crop applies to data.name=folder|csv only, and data.name is digits",
+        ),
     ],
 )
 def test_a_key_that_would_be_ignored_is_refused(args: list[str], words: str) -> None:
@@ -138,6 +147,7 @@ def test_every_condition_of_a_key_names_a_key_and_values_that_there_are() -> Non
         "data.name": {*data.SOURCES, "own"},
         "model.name": {*models.NETWORKS},
         "objective.name": {*training.OBJECTIVES},
+        "data.fit": {*get_args(KEYS["data.fit"].type)},
     }
     conditions = {key.meta["only"] for key in KEYS.values()} - {""}
     assert len(conditions) >= 4

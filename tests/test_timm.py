@@ -19,9 +19,12 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from distrib import train
 from distrib.command_line import load_config
 from distrib.config import Config, ModelConfig
+from distrib.data.pixels import ImageSpec
 from distrib.errors import UserError
 from distrib.inference.evaluate import evaluate
 from distrib.models.build import build_model
+from distrib.models.weights import SHOWN_WITH
+from distrib.training.identity import with_pixels_of_weights
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def config_of(tmp_path: Path, *keys: str) -> Config:
 
 def chosen(tmp_path: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     manifest = json.loads(max((tmp_path / "run").glob("checkpoints/step_*/manifest.json")).read_text())
-    return {key: manifest["config"]["data"][key] for key in ("size", "center_crop", "filter")}, manifest["image"]
+    return {key: manifest["config"]["data"][key] for key in SHOWN_WITH}, manifest["image"]
 
 
 def test_images_are_shown_as_to_the_weights_and_a_run_that_resumes_needs_no_weights_for_it(
@@ -138,10 +141,10 @@ def test_images_are_shown_as_to_the_weights_and_a_run_that_resumes_needs_no_weig
     save_file(timm.create_model("test_vit").state_dict(), path)
     config = config_of(tmp_path, "model.name=timm:test_vit", f"model.weights={path}", "data.size=64")
     values = train(config).values
-    shown = "data.center_crop=0.95 data.filter=bicubic data.mean=0.5,0.5,0.5 data.std=0.5,0.5,0.5"
+    shown = "data.fit=crop data.center_crop=0.95 data.filter=bicubic data.mean=0.5,0.5,0.5 data.std=0.5,0.5,0.5"
     assert f"images as the weights were trained on: {shown}\n" in capsys.readouterr().out
     keys, image = chosen(tmp_path)
-    assert keys == {"size": 64, "center_crop": 0.95, "filter": "bicubic"}
+    assert keys == {"size": 64, "fit": "crop", "center_crop": 0.95, "filter": "bicubic"}
     assert (image["mean"], image["std"], image["shape"]) == ([0.5] * 3, [0.5] * 3, [3, 64, 64])
     assert evaluate(tmp_path / "run") == values
 
@@ -158,8 +161,19 @@ def test_typed_keys_win_over_those_of_the_weights(tmp_path: Path) -> None:
     keys = ["data.size=64", "data.center_crop=1", "data.filter=bilinear", "data.mean=0.25", "data.std=0.5,0.25,0.5"]
     train(config_of(tmp_path, "model.name=timm:test_vit", f"model.weights={path}", *keys))
     got, image = chosen(tmp_path)
-    assert got == {"size": 64, "center_crop": 1.0, "filter": "bilinear"}
+    assert got == {"size": 64, "fit": "crop", "center_crop": 1.0, "filter": "bilinear"}
     assert (image["mean"], image["std"]) == ([0.25] * 3, [0.5, 0.25, 0.5])
+
+
+def test_images_are_stretched_for_weights_that_know_them_so_and_a_center_crop_of_them_is_refused() -> None:
+    squashed = ["data.name=folder", "model.name=timm:convnext_tiny.in12k_ft_in1k_384", "model.weights=DEFAULT"]
+    config, lines = with_pixels_of_weights(load_config(squashed), own=False)
+    assert (config.data.size, config.data.fit, config.data.center_crop) == (384, "stretch", "auto")
+    assert "data.size=384 data.fit=stretch data.filter=bicubic data.mean=" in lines[0]
+    with pytest.raises(UserError, match=r"data.center_crop would be ignored: .* and data.fit is stretch"):
+        with_pixels_of_weights(load_config([*squashed, "data.center_crop=0.9"]), own=False)
+    config, _ = with_pixels_of_weights(load_config([*squashed, "data.center_crop=0.9", "data.fit=crop"]), own=False)
+    assert ImageSpec.of(config.data).center_crop == 0.9
 
 
 def test_images_are_shown_as_torchvision_and_an_earlier_run_showed_them(
@@ -169,7 +183,7 @@ def test_images_are_shown_as_torchvision_and_an_earlier_run_showed_them(
     config = config_of(tmp_path, "model.name=mobilenet_v2", "model.weights=IMAGENET1K_V2", "data.size=32", "data.mean=0.4")
     train(config)
     keys, image = chosen(tmp_path)
-    assert keys == {"size": 32, "center_crop": 224 / 232, "filter": "bilinear"}
+    assert keys == {"size": 32, "fit": "crop", "center_crop": 224 / 232, "filter": "bilinear"}
     assert image["mean"] == [0.4] * 3
     (tmp_path / "run").rename(tmp_path / "first")
     train(config_of(tmp_path, "model.name=mobilenet_v2", f"model.weights={tmp_path / 'first'}"))

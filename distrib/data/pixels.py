@@ -68,7 +68,8 @@ class ImageSpec:
         """As a config says, where auto is what fits most networks."""
         part = CENTER_CROP if isinstance(config.center_crop, str) else config.center_crop
         how = "bilinear" if config.filter == "auto" else config.filter
-        return cls(*config.height_and_width(), config.fit, config.white, config.max_pixels, part, how)
+        fit = "crop" if config.fit == "auto" else config.fit
+        return cls(*config.height_and_width(), fit, config.white, config.max_pixels, part, how)
 
     def center(self, width: int, height: int) -> Box:
         """The box that validation shows: the center, or the whole image if it is not cropped."""

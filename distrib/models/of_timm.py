@@ -10,6 +10,8 @@ from distrib.errors import UserError
 from distrib.models import TIMM, refuse_unknown_network
 from distrib.models.layers import Shape
 
+FITS = {"center": "crop", "squash": "stretch", "border": "pad"}  # timm's crop_mode as data.fit
+
 
 def published(name: str) -> Any:
     """timm's description of the weights of a network, timm:NAME or timm:NAME.TAG. Raises UserError."""
@@ -53,9 +55,11 @@ def shown(name: str, weights: str) -> dict[str, Any]:
     """How the images were shown with which the network's weights were evaluated, as keys of data. Raises UserError."""
     found = published(name)
     height, width = found.input_size[1:]
+    fit = FITS[found.crop_mode]
     return {
         "data.size": height if height == width else f"{height}x{width}",
-        "data.center_crop": min(1.0, found.crop_pct),
+        "data.fit": fit,
+        **({"data.center_crop": min(1.0, found.crop_pct)} if fit == "crop" else {}),
         "data.filter": found.interpolation,
         "data.mean": found.mean,
         "data.std": found.std,

@@ -70,6 +70,7 @@ def shown(name: str, weights: str) -> dict[str, Any]:
     size = preset.crop_size[0]
     return {
         "data.size": size,
+        "data.fit": "crop",
         "data.center_crop": size / preset.resize_size[0],
         "data.filter": preset.interpolation.value,
         "data.mean": preset.mean,

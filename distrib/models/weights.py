@@ -17,6 +17,7 @@ from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_
 
 STEM = ": model.stem=small or large chooses it"  # of a ResNet
 PARTS = ("weight", "bias")
+SHOWN_WITH = ("size", "fit", "center_crop", "filter")  # keys of data that say how an image file is shown to a network
 POSITIONS = ("pos_embed", "pos_embedding")  # timm's name, and torchvision's
 
 
@@ -156,7 +157,7 @@ def shown_with(config: ModelConfig) -> dict[str, Any]:
     if path.is_dir() or exported:
         manifest = exported.get("manifest") or best_checkpoint(path)[1]
         had = manifest["config"]["data"]
-        keys = {f"data.{name}": had[name] for name in ("size", "center_crop", "filter") if name in had}
+        keys = {f"data.{name}": had[name] for name in SHOWN_WITH if name in had}
         return keys | {f"data.{name}": manifest["image"][name] for name in ("mean", "std")}
     unnamed = is_file(path) and not config.name.startswith(TIMM)
     if config.name in NETWORKS or config.name.startswith(OWN) or unnamed:

@@ -12,8 +12,16 @@ from distrib.command_line import dotted, read_config, with_values
 from distrib.config import Config
 from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
-from distrib.keys import applies, changed_midway, differences, keys_of, nested, values_that_apply
-from distrib.models.weights import shown_with
+from distrib.keys import (
+    applies,
+    changed_midway,
+    differences,
+    keys_of,
+    nested,
+    refuse_keys_that_do_not_apply,
+    values_that_apply,
+)
+from distrib.models.weights import SHOWN_WITH, shown_with
 from distrib.runtime import ranks
 from distrib.runtime.attempts import commit
 from distrib.runtime.checkpoint import latest_manifest
@@ -112,8 +120,8 @@ def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[s
     A run that resumes keeps what it has. If the data set is a program's `own`, it keeps its mean and std. Every rank must call
     this. Raises UserError if there are no such weights.
     """
-    keys = ["data.mean", "data.std"] if not own else []
-    keys = [f"data.{name}" for name in ("size", "center_crop", "filter") if applies(config, "data.size")] + keys
+    keys = [f"data.{name}" for name in SHOWN_WITH if applies(config, f"data.{name}")]
+    keys += ["data.mean", "data.std"] if not own else []
     values = {each.name: each.value for each in keys_of(config)}
 
     def look() -> tuple[dict[str, Any], bool]:
@@ -129,7 +137,9 @@ def with_pixels_of_weights(config: Config, *, own: bool) -> tuple[Config, list[s
     found, starts = ranks.on_rank0(look)
     new = {key: as_text(found[key]) for key in keys if values[key] == AUTO and found.get(key, AUTO) != AUTO}
     words = " ".join(f"{key}={value}" for key, value in new.items())
-    return with_values(config, new, ""), [f"images as the weights were trained on: {words}"] if new and starts else []
+    shown = with_values(config, new, "")
+    refuse_keys_that_do_not_apply(shown, {key for key in keys if values[key] != AUTO})
+    return shown, [f"images as the weights were trained on: {words}"] if new and starts else []
 
 
 def as_text(value: Any) -> str:
