@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from distrib.config import RENAMED, Config
@@ -91,26 +91,22 @@ def dotted(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, An
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
     """`config` with other values, as text or as Python objects. Raises UserError, whose message starts with `where`."""
-    merged = OmegaConf.structured(config)
     for name, value in values.items():
         if name not in KEYS:
             raise UserError(f"{where}there is no key {name}: {hint(name)}")
-        try:
-            merged = cast(DictConfig, OmegaConf.merge(merged, nested_value(name, typed(KEYS[name], value))))
-            OmegaConf.to_object(merged)  # checks the ranges
-        except ValidationError:
-            raise UserError(
-                f"{where}{name} is {value!r}, not {KINDS.get(KEYS[name].type) or type_in_words(KEYS[name].type)}"
-            ) from None
-        except OmegaConfBaseException as error:
-            raise UserError(f"{where}{name}: {str(error).splitlines()[0]}") from None
-        except UserError as error:
-            raise UserError(f"{where}{error}") from None
-    return cast(Config, OmegaConf.to_object(merged))
-
-
-def nested_value(name: str, value: Any) -> dict[str, Any]:
-    return nested({name: value})
+        if value == MISSING:
+            raise UserError(f"{where}{name} is {MISSING}, which is OmegaConf's word for no value: give one, or omit it")
+    tree = nested({name: typed(KEYS[name], value) for name, value in values.items()})
+    try:
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), tree))  # which checks the ranges
+    except OmegaConfBaseException as error:
+        name = cast(str, error.full_key)
+        kind = KINDS.get(KEYS[name].type) or type_in_words(KEYS[name].type)
+        words = f" is {values[name]!r}, not {kind}" if isinstance(error, ValidationError) else f": {str(error).splitlines()[0]}"
+        raise UserError(f"{where}{name}{words}") from None
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+    return cast(Config, found)
 
 
 def typed(key: Key, value: Any) -> Any:

@@ -35,6 +35,7 @@ from distrib.keys import KEYS, applies, differences, keys_of
         (["optim.name=adam"], "optim.name is 'adam', not sgd|adamw|muon"),
         (["optim=3"], "no key optim: it is a section, with the keys optim.name, optim.lr"),
         (["seed=[1"], "seed is '[1', not a whole number"),
+        (["run_dir=???"], "run_dir is ???, which is OmegaConf's word for no value"),
         (["seed=${x}"], "seed: Interpolation key 'x' not found"),
         (["nowhere.yaml"], "config file nowhere.yaml does not exist"),
         (["a.yaml", "b.yaml"], "unexpected argument 'b.yaml': give one CONFIG.yaml at most"),
