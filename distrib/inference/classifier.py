@@ -77,6 +77,14 @@ def refuse_other_classes(folder: Path, manifest: dict[str, Any], source: Source)
         raise UserError(f"{folder} has another {data_differences(there, there | now)[0]}")
 
 
+def refuse_missing_objects(folder: Path, config: Config, function: str, **given: object) -> None:
+    """Raise UserError if a run was trained with an object that was not passed to `function`. `given`: objects by section."""
+    for section, each in given.items():
+        name = getattr(config, section).name
+        if each is None and name.startswith(OWN):
+            raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to {function}() too")
+
+
 def find(run: Path) -> tuple[Path, dict[str, Any], Path]:
     """A checkpoint, its manifest, and the file of its weights: of a run folder the best one; or an exported .safetensors file.
 
@@ -106,8 +114,7 @@ def load(run: str | Path, *, network: NetworkOrBuilder | None = None, device: st
     folder, manifest, weights = find(Path(run))
     refuse_damaged_weights(folder)
     config = config_of(manifest)
-    if network is None and config.model.name.startswith(OWN):
-        raise UserError(f"{folder} was trained with model.name={config.model.name}, an object: pass it to load() too")
+    refuse_missing_objects(folder, config, "load", model=network)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     choose_precision(config.precision, device)
     channels, height, width = manifest["image"]["shape"]

@@ -11,14 +11,19 @@ from typing import NamedTuple
 from torch import nn
 
 from distrib.command_line import with_values
-from distrib.config import OWN
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
-from distrib.errors import UserError
-from distrib.inference.classifier import config_of, find, refuse_another_network, refuse_damaged_weights, refuse_other_classes
+from distrib.inference.classifier import (
+    config_of,
+    find,
+    refuse_another_network,
+    refuse_damaged_weights,
+    refuse_missing_objects,
+    refuse_other_classes,
+)
 from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.runtime import disk, ranks
@@ -71,10 +76,7 @@ def evaluate_classes(
     config = with_values(config_of(manifest), keys, "")
     refuse_keys_that_do_not_apply(config, {*keys})
     disk.retries = disk.Retries(limit=config.limits.read)
-    for section, given in (("data", source), ("model", network), ("objective", objective)):
-        name = getattr(config, section).name
-        if given is None and name.startswith(OWN):
-            raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to evaluate() too")
+    refuse_missing_objects(folder, config, "evaluate", data=source, model=network, objective=objective)
     with start_workers(config, source) as workers, ranks.connected(config) as channel:
         source = source or load_shared(config.data)
         mean, std = (tuple(manifest["image"][name]) for name in ("mean", "std"))

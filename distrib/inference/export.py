@@ -17,14 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distrib.command_line import with_values
-from distrib.config import OWN
 from distrib.data.datasets import load_source
 from distrib.data.files import read_image
 from distrib.data.pixels import ImageSpec, center_of, picture_of
 from distrib.data.source import Arrays, Files, Source
 from distrib.errors import DiskError, RunError, UserError
 from distrib.inference.card import card, facts_of
-from distrib.inference.classifier import Classifier, load, refuse_other_classes
+from distrib.inference.classifier import Classifier, load, refuse_missing_objects, refuse_other_classes
 from distrib.inference.graph import FORMATS, Answers
 from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder
@@ -98,8 +97,7 @@ def export(
     classifier = load(run, network=network, device="cpu")
     config = with_values(classifier.config, keys, "")
     refuse_keys_that_do_not_apply(config, {*keys})
-    if source is None and config.data.name.startswith(OWN):
-        raise UserError(f"{run} was trained with data.name={config.data.name}, an object: pass it to export() too")
+    refuse_missing_objects(classifier.checkpoint, config, "export", data=source)
     disk.retries = disk.Retries(limit=config.limits.read)
     source = source or load_source(config.data, download=True)
     refuse_other_classes(classifier.checkpoint, classifier.manifest, source)
