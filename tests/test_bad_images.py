@@ -161,3 +161,12 @@ def test_a_picture_that_is_too_large_is_a_bad_image(tmp_path: Path) -> None:
     Image.new("1", (300, 300)).save(source.val.name_of(2))
     with pytest.raises(UserError, match=r"002.png cannot be used: it has 300 x 300 pixels, more than data.max_pixels=400"):
         Reader(source.val).read(0, [2], torch.empty(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_a_row_of_a_table_without_its_file_is_skipped_too(tmp_path: Path) -> None:
+    files = sorted(pictures(tmp_path / "pictures").rglob("*.png"))
+    rows = [f"{path},{path.parent.name}\n" for path in files] + [f"{tmp_path}/gone{i}.png,a\n" for i in range(9)]
+    (tmp_path / "labels.csv").write_text("".join(rows))
+    keys = ["data.name=csv", f"data.root={tmp_path}/labels.csv", "data.bad_images=skip", f"run_dir={tmp_path}/run", *KEYS[1:]]
+    assert main(["train", *keys]) == 0
+    assert "gone" in (tmp_path / "run/bad_images.txt").read_text()

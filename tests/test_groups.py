@@ -1,6 +1,7 @@
 """Which weights decay and which are made orthogonal, in networks of torchvision."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision import models
@@ -97,3 +98,8 @@ def test_a_frozen_weight_is_in_no_group() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     network[0].requires_grad_(False)
     assert group_names(network) == {"matrices": [], "head": ["1.weight"], "vectors": ["1.bias"], "offsets": []}
+
+
+def test_each_of_several_last_layers_learns_as_the_head() -> None:
+    network = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3)
+    assert group_names(network)["head"] == ["head.weight", "head_dist.weight"]

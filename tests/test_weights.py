@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from conftest import SMALL, signed_again
 from safetensors.torch import load_file, save_file
 from torchvision import models
 from torchvision.models import WeightsEnum
+from torchvision.transforms.functional import normalize
 
+import distrib
 from distrib import train
 from distrib.command_line import load_config
 from distrib.config import ModelConfig
 from distrib.errors import UserError
 from distrib.models.build import build_model
+from distrib.models.weights import shown_with
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -44,7 +48,13 @@ def test_a_file_of_weights_is_loaded_but_for_what_the_data_change(tmp_path: Path
         torch.testing.assert_close(grey.eval().conv1(images), trained.conv1(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MISSING = "No such file or directory"
 FOUND = models.resnet18(num_classes=5).state_dict()
+
+
+def shown_of_resnet18(weights: str) -> dict[str, Any]:
+    return shown_with(ModelConfig(name="resnet18", weights=weights))
 
 
 def prefixed(prefix: str) -> dict[str, torch.Tensor]:
@@ -87,7 +97,9 @@ def test_weights_are_found_in_files_as_other_programs_write_them(tmp_path: Path,
     model = build_model(ModelConfig(name="resnet18", weights=str(path)), (3, 224, 224), classes=5, tell=lines.append)
     assert [name for name, each in model.state_dict().items() if not torch.equal(each, FOUND[name])] == []
     details = ", ".join([f"its key {key}"] * bool(key) + [f"without the prefix {prefix}"] * bool(prefix))
-    assert lines == [f"weights: 122 of 122 tensors from {path}" + (f" ({details})" if details else "")]
+    rest = {"lightning.ckpt": "criterion.weight", "torchvision_ema.pth": "n_averaged"}.get(name)
+    unused = f"; not used: {rest}" if rest else ""
+    assert lines == [f"weights: 122 of 122 tensors from {path}" + (f" ({details})" if details else "") + unused]
 
 
 def test_a_file_is_known_by_its_bytes_and_an_old_format_is_read(tmp_path: Path) -> None:
@@ -153,10 +165,11 @@ def test_weights_are_loaded_as_torchvision_published_them_years_ago(
     if name == "resnet18":
         model.conv1, model.maxpool = trained.conv1, trained.maxpool  # that of small images is another
     if name == "googlenet":
-        trained.transform_input = True
-    assert getattr(model, "transform_input", False) == (name == "googlenet")
-    images = torch.randn(2, 3, size, size)
-    torch.testing.assert_close(model(images), trained(images), rtol=1e-4, atol=1e-5)
+        trained.transform_input = True  # from the mean and std of ImageNet to those of TensorFlow
+    shown = shown_with(ModelConfig(name=name, weights="DEFAULT"))
+    mean, std = (torch.tensor(shown[f"data.{key}"])[:, None, None] for key in ("mean", "std"))
+    pixels = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(model((pixels - mean) / std), trained(normalize(pixels, *IMAGENET)), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +179,21 @@ def test_weights_that_cannot_be_had_or_do_not_fit_are_told(tmp_path: Path, monke
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert told("resnet18", str(tmp_path / "gone.pth")).startswith(f"model.weights={tmp_path}/gone.pth cannot be read: ")
-    (tmp_path / "torn.safetensors").write_bytes(b"x")
-    assert "cannot be read" in told("resnet18", str(tmp_path / "torn.safetensors"))
+    assert told("resnet18", str(tmp_path / "gone.pth")) == f"model.weights={tmp_path}/gone.pth cannot be read: {MISSING}"
+    assert told("cnn", "runs/gone") == "model.weights=runs/gone cannot be read: there is no such file or folder"
+    save_file(FOUND, tmp_path / "whole.safetensors")
+    for content in (
+        b"x",
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        (tmp_path / "whole.safetensors").read_bytes()[:3000],
+    ):
+        (tmp_path / "torn.safetensors").write_bytes(content)
+        words = r"torn.safetensors cannot be read: it is damaged, or no file of weights \(SafetensorError\)$"
+        assert re.search(words, told("resnet18", str(tmp_path / "torn.safetensors")))
+        for function in (distrib.load, shown_of_resnet18):
+            with pytest.raises(UserError, match=words):
+                function(str(tmp_path / "torn.safetensors"))
     torch.save({"a": print}, tmp_path / "hostile.pth")
     assert "hostile.pth has a dict with a, and no state_dict" in told("resnet18", str(tmp_path / "hostile.pth"))
     (tmp_path / "text.pth").write_text("hello\n")
@@ -276,3 +301,37 @@ def test_a_run_tells_what_was_loaded_and_when_it_resumes_it_needs_no_file_of_wei
     assert f"weights: 44 of 44 tensors from {path}\n" in capsys.readouterr().out
     path.unlink()
     assert train(replace(config, epochs=0.2), changes={"epochs"}).step == 5
+
+
+def test_of_two_networks_in_a_file_the_average_is_loaded_or_none(tmp_path: Path) -> None:
+    zeros = {name: torch.zeros_like(each) for name, each in FOUND.items()}
+    lines, path = list[str](), tmp_path / "weights.pth"
+    torch.save(prefixed("ema_model.") | {f"model.{name}": each for name, each in zeros.items()}, path)
+    config = ModelConfig(name="resnet18", weights=str(path))
+    model = build_model(config, (3, 224, 224), classes=5, tell=lines.append)
+    assert torch.equal(model.conv1.weight, FOUND["conv1.weight"])
+    assert "(without the prefix ema_model.); not used: model.conv1.weight, " in lines[0]
+    assert lines[0].endswith(" and 118 more")
+    torch.save(prefixed("teacher.") | {f"student.{name}": each for name, each in zeros.items()}, path)
+    with pytest.raises(UserError, match=r"have several networks, 'student.' or 'teacher.': save the tensors of one of them"):
+        build_model(config, (3, 224, 224), classes=5)
+
+
+def test_the_last_layer_of_a_run_on_other_classes_starts_at_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels, ids = torch.randint(256, (20, 1, 8, 8)).byte(), torch.arange(20) % 2
+
+    def run(name: str, classes: tuple[str, str], *keys: str) -> None:
+        config = load_config(
+            [f"run_dir={tmp_path / name}", "model.width=4", "batch_size=10", "epochs=1", "precision=no", *keys]
+        )
+        train(config, source=distrib.Source.from_arrays((pixels, ids), (pixels, ids), classes))
+
+    run("first", ("cat", "dog"))
+    for classes, told in ((("cat", "dog"), False), (("owl", "fox"), True)):
+        capsys.readouterr()
+        run(f"of {classes[0]}", classes, f"model.weights={tmp_path / 'first'}", "optim.lr=1e-30")
+        assert ("was trained on other classes, so the last layer starts at 0" in capsys.readouterr().out) == told
+        tensors = load_file(next((tmp_path / f"of {classes[0]}").glob("checkpoints/*/model.safetensors")))
+        assert (tensors["head.weight"].abs().max() < 1e-20) == told
+    with pytest.raises(UserError, match=r"which is \[2\] there, \[4\] here: it was trained with model.width=4$"):
+        run("wider", ("cat", "dog"), f"model.weights={tmp_path / 'first'}", "model.width=8")

@@ -88,14 +88,14 @@ def load_shared(config: DataConfig) -> Source:
     return source or load_source(config, download=False)
 
 
-def agreed_fingerprint(source: Source, *, own: bool) -> dict[str, Any]:
+def agreed_fingerprint(source: Source, *, own: bool, skip: bool) -> dict[str, Any]:
     """The fingerprint of the data. Every rank must call this. Raises UserError if the data differ between ranks.
 
     A source of a rank's `own` is hashed on each rank. Shared images in memory are hashed by one rank of each machine, and a
-    list of files by rank 0, which made it.
+    list of files by rank 0, which made it; a file may be missing if bad images are skipped.
     """
     computes = own or env_rank() == 0 or (env_local_rank() == 0 and isinstance(source.train, Arrays))
-    found = ranks.all_gather_object(source.fingerprint() if computes else None)
+    found = ranks.all_gather_object(source.fingerprint(skip=skip) if computes else None)
     assert found[0] is not None
     for rank, each in enumerate(found):
         if each and each != found[0]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ class Arrays:
         """How messages name an image: by its number."""
         return str(image)
 
-    def sha256(self) -> str:
-        """A hash of every pixel and target."""
+    def sha256(self, *, skip: bool = False) -> str:
+        """A hash of every pixel and target. No image in memory is missing, so nothing is skipped."""
         digest = hashlib.sha256()
         for tensor in (self.images, self.targets):
             digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -43,11 +44,13 @@ class Arrays:
         return digest.hexdigest()
 
 
-def size_of(path: bytes) -> int:
-    """The size of a file in bytes. Raises UserError, and DiskError."""
+def size_of(path: bytes, *, skip: bool) -> int:
+    """The size of a file in bytes; -1 with `skip` if it is missing. Raises UserError, and DiskError."""
     try:
         return read_from(os.fsdecode(path), lambda: os.path.getsize(path))
     except OSError as error:
+        if skip and isinstance(error, FileNotFoundError):
+            return -1
         raise UserError(f"{os.fsdecode(path)} cannot be read: {error.strerror}") from None
 
 
@@ -70,11 +73,14 @@ class Files:
         """How messages name an image: by its path."""
         return os.fsdecode(self.paths[image])
 
-    def sha256(self) -> str:
-        """A hash of the targets and of the name and size of each file, in order. It does not read the files."""
+    def sha256(self, *, skip: bool = False) -> str:
+        """A hash of the targets and of the name and size of each file, in order. It does not read the files.
+
+        Raises UserError if one is missing, unless `skip`.
+        """
         digest = hashlib.sha256(self.targets.numpy().tobytes())
         with ThreadPoolExecutor(READERS) as pool:
-            for path, size in zip(self.paths, pool.map(size_of, self.paths, chunksize=256), strict=True):
+            for path, size in zip(self.paths, pool.map(partial(size_of, skip=skip), self.paths, chunksize=256), strict=True):
                 digest.update(os.path.relpath(os.fsdecode(path), self.root or "/").encode(errors="surrogateescape"))
                 digest.update(f"\0{size}\0".encode())
         return digest.hexdigest()
@@ -128,9 +134,12 @@ class Source:
         mean, std = config.mean_and_std()
         return replace(self, mean=per_channel("data.mean", mean, self.mean), std=per_channel("data.std", std, self.std))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The identity of this data set: number of images, classes, and a hash of everything else."""
-        digest = hashlib.sha256(f"{self.train.sha256()} {self.val.sha256()}".encode()).hexdigest()
+    def fingerprint(self, *, skip: bool = False) -> dict[str, Any]:
+        """The identity of this data set: number of images, classes, and a hash of everything else.
+
+        Raises UserError if a file is missing, unless `skip`.
+        """
+        digest = hashlib.sha256(f"{self.train.sha256(skip=skip)} {self.val.sha256(skip=skip)}".encode()).hexdigest()
         return {"train": len(self.train), "val": len(self.val), "classes": list(self.classes), "sha256": digest}
 
 

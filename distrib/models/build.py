@@ -11,7 +11,7 @@ from distrib.config import ModelConfig
 from distrib.errors import UserError, one_line
 from distrib.models import NETWORKS, package_of
 from distrib.models.layers import Shape, Whitening, evaluating, with_group_norm
-from distrib.models.weights import from_published, load_pretrained
+from distrib.models.weights import load_pretrained
 from distrib.registry import lookup
 
 NetworkOrBuilder = nn.Module | Callable[[], nn.Module]  # a network, or a function that builds it after the seed is set
@@ -45,9 +45,6 @@ def build_model(
         raise UserError(f"model.stem={config.stem} would be ignored: it applies to ResNets only; omit it")
     if config.weights and load:
         tell(load_pretrained(model, config))
-    if hasattr(model, "transform_input"):
-        # The published weights of googlenet and inception_v3 expect another normalization, which this flag applies.
-        model.transform_input = inner[0] == 3 and from_published(config.weights)  # type: ignore[assignment]
     if config.norm == "group":
         model = with_group_norm(model)
     if whitening:

@@ -12,6 +12,7 @@ from distrib.models import refuse_unknown_network
 from distrib.models.layers import Shape
 
 SMALL = 64  # pixels: up to this size, a ResNet gets the stem for small images
+INCEPTIONS = ("googlenet", "inception_v3")
 DENSE_LAYER = r"(denselayer\d+\.(?:norm|conv))\.(\d)"  # the published densenets have an older form of these names
 
 
@@ -20,7 +21,7 @@ def build(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
     name = config.name
     refuse_unknown_network(name)
     options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):  # only these two have auxiliary outputs in training
+    if name in INCEPTIONS:  # only these two have auxiliary outputs in training
         options = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_"):
         options = {"image_size": shape[1]}
@@ -68,11 +69,13 @@ def shown(name: str, weights: str) -> dict[str, Any]:
     """How the images were shown with which these weights were evaluated, as keys of data. Raises UserError."""
     preset = published(name, weights).transforms()
     size = preset.crop_size[0]
+    # Weights from TensorFlow: torchvision's networks normalise the images again, if their transform_input is set.
+    half = (0.5, 0.5, 0.5) if name in INCEPTIONS else None
     return {
         "data.size": size,
         "data.fit": "crop",
         "data.center_crop": size / preset.resize_size[0],
         "data.filter": preset.interpolation.value,
-        "data.mean": preset.mean,
-        "data.std": preset.std,
+        "data.mean": half or preset.mean,
+        "data.std": half or preset.std,
     }

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distrib.errors import UserError, one_line
+from distrib.errors import UserError
 
 # The keys under which programs keep the weights beside other things. An average of the weights is preferred.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -38,7 +39,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     except UserError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
-        raise UserError(f"model.weights={path} cannot be read: {one_line(error)[:300]}") from None
+        raise unreadable(f"model.weights={path}", error) from None
     candidates = [*state_dicts(found)]
     if not candidates:
         raise UserError(f"model.weights={path} has {contents(found)}, and no state_dict: save network.state_dict()")
@@ -54,12 +55,23 @@ def is_safetensors(path: Path) -> bool:
 
 
 def description_in(path: Path) -> dict[str, Any]:
-    """What `distrib export` wrote into a .safetensors file beside the tensors; empty in other files. Raises OSError."""
-    if not is_safetensors(path):
-        return {}
-    with safe_open(path, framework="pt") as file:
-        found: dict[str, Any] = json.loads((file.metadata() or {}).get("distrib", "{}"))
+    """What `distrib export` wrote into a .safetensors file beside the tensors; empty in other files. Raises UserError."""
+    try:
+        if not is_safetensors(path):
+            return {}
+        with safe_open(path, framework="pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("distrib", "{}"))
+    except Exception as error:  # damaged files raise errors of many kinds
+        raise unreadable(str(path), error) from None
     return found
+
+
+def unreadable(file: str, error: Exception) -> UserError:
+    """That a file of weights cannot be read, and why; without torch's words, which tell how to load it unsafely."""
+    words = f"it is damaged, or no file of weights ({type(error).__name__})"
+    if isinstance(error, FileNotFoundError | PermissionError):
+        words = str(error.strerror)
+    return UserError(f"{file} cannot be read: {words}")
 
 
 def load_pickle(path: Path) -> Any:
@@ -100,11 +112,20 @@ def contents(found: Any) -> str:
     return f"a {type(found).__name__}"
 
 
-def without_prefix(tensors: dict[str, Tensor], names: set[str]) -> tuple[dict[str, Tensor], str]:
-    """The tensors without the prefix, such as `module.`, under which most of them have one of `names`; and the prefix."""
+def without_prefix(tensors: dict[str, Tensor], names: set[str], weights: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors without the prefix, such as `module.`, under which most of them have one of `names`; and the prefix.
+
+    If there are several, that of an average. Raises UserError, for these `weights`, if it is not clear which one is meant.
+    """
     prefixes = Counter(name[: -len(tail)] for name in tensors for tail in tails(name) if tail in names)
-    best = max(["", *sorted(prefixes)], key=lambda prefix: prefixes[prefix])
-    return {name.removeprefix(best): each for name, each in tensors.items() if name.startswith(best)}, best
+    most = max(prefixes.values(), default=0)
+    best = sorted(prefix for prefix, count in prefixes.items() if count == most) or [""]
+    averages = [prefix for prefix in best if "ema" in re.split(r"[._]", prefix.lower())]
+    if len(best) > 1 and len(averages) != 1:
+        words = " or ".join(repr(prefix) for prefix in best[:4])
+        raise UserError(f"model.weights={weights} have several networks, {words}: save the tensors of one of them")
+    [prefix, *_] = averages if len(best) > 1 else best
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}, prefix
 
 
 def tails(name: str) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """Weights to start from: a run, a file, or published ones. The network may differ in its first and last layer."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+from torchvision.models import ResNet, VisionTransformer
 
 from distrib.config import OWN, ModelConfig
 from distrib.errors import UserError, one_line
@@ -15,9 +16,10 @@ from distrib.models import NETWORKS, TIMM, package_of
 from distrib.models.weight_files import SUFFIXES, description_in, read_tensors, without_prefix
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
-STEM = ": model.stem=small or large chooses it"  # of a ResNet
+STEM = ": model.stem=small or large chooses it"
 PARTS = ("weight", "bias")
 SHOWN_WITH = ("size", "fit", "center_crop", "filter")  # keys of data that say how an image file is shown to a network
+BUILT_WITH = ("name", "norm", "width", "whiten", "stem")  # keys of model that decide which tensors there are
 POSITIONS = ("pos_embed", "pos_embedding")  # timm's name, and torchvision's
 
 
@@ -28,8 +30,8 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     Position embeddings for another image size are interpolated. Raises UserError if the weights cannot be read or do not fit.
     """
     own = model.state_dict()
-    found, where = read_weights(config)
-    found, prefix = without_prefix(found, {*own})
+    there, where = read_weights(config)
+    found, prefix = without_prefix(there, {*own}, config.weights)
     # Weights of torch 0.4 lack num_batches_tracked; those of a network with group norm lack all statistics.
     optional = ("num_batches_tracked", *(("running_mean", "running_var") if config.norm == "group" else ()))
     weights = {name: each for name, each in own.items() if name.endswith(optional)} | found
@@ -46,7 +48,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     if wrong:
         name = wrong[0]
         how = f"is {list(weights[name].shape)} there, {list(own[name].shape)} here" if name in weights else "is not there"
-        way_out = STEM if name == first[0] and name in weights else ""
+        way_out = STEM if isinstance(model, ResNet) and name == first[0] and name in weights else other_keys(config)
         count = f"{len(wrong)} of {len(own)} tensors"
         raise UserError(
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
@@ -61,9 +63,36 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
         "not loaded, so random": [name for name in unfit if name not in zeros],
         "summed over its channels": summed,
         "interpolated": [*resized],
-        "not used": [name for name in found if name not in own],
+        "not used": [name for name in there if name.removeprefix(prefix) not in own or not name.startswith(prefix)],
     }
     return f"weights: {len(own) - len(unfit)} of {len(own)} tensors from {config.weights}" + in_words(details, parts)
+
+
+def manifest_of(weights: str) -> dict[str, Any]:
+    """The manifest of a run, a checkpoint or an exported file; empty for other weights. Raises UserError."""
+    path = Path(weights)
+    if path.is_dir():
+        return best_checkpoint(path)[1]
+    return description_in(path).get("manifest", {}) if path.is_file() else {}
+
+
+def forget_other_classes(model: nn.Module, weights: str, classes: Sequence[str]) -> list[str]:
+    """Set the last layer to 0 if `weights` are those of a run on other classes, as many as these; returns a line if so."""
+    manifest = manifest_of(weights)
+    if not manifest or manifest["data"]["classes"] == [*classes]:
+        return []
+    for name in first_and_last(model)[1]:
+        if name in model.state_dict():
+            nn.init.zeros_(model.get_parameter(name))
+    return [f"{weights} was trained on other classes, so the last layer starts at 0"]
+
+
+def other_keys(config: ModelConfig) -> str:
+    """The keys of the network that the run `config.weights` has other values for, in words."""
+    manifest, now = manifest_of(config.weights), vars(config)
+    there = manifest["config"]["model"] if manifest else {}
+    differ = [f"model.{name}={there[name]}" for name in now if name in BUILT_WITH and there.get(name, now[name]) != now[name]]
+    return f": it was trained with {' '.join(differ)}" if differ else ""
 
 
 def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -123,6 +152,8 @@ def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
         path = weights_of(folder, manifest)
     if is_file(path):
         tensors, where = read_tensors(path)
+    elif config.name in NETWORKS or config.name.startswith(OWN) or "/" in config.weights:
+        raise UserError(f"model.weights={path} cannot be read: there is no such file or folder")
     else:
         try:
             tensors = package_of(config.name).tensors(config.name, config.weights)
@@ -135,13 +166,6 @@ def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
     return tensors, where
 
 
-def from_published(weights: str) -> bool:
-    """Whether weights are torchvision's, or those of a run that started with them."""
-    if weights and Path(weights).is_dir():
-        return from_published(best_checkpoint(Path(weights))[1]["config"]["model"].get("weights", ""))
-    return bool(weights) and not is_file(Path(weights))
-
-
 def is_file(path: Path) -> bool:
     """Whether weights are a file, and not a name, even if it is missing."""
     return path.suffix in SUFFIXES or path.is_file()
@@ -152,14 +176,12 @@ def shown_with(config: ModelConfig) -> dict[str, Any]:
 
     Raises UserError if there are no such weights.
     """
-    path = Path(config.weights)
-    exported = description_in(path) if path.is_file() else {}
-    if path.is_dir() or exported:
-        manifest = exported.get("manifest") or best_checkpoint(path)[1]
+    manifest = manifest_of(config.weights)
+    if manifest:
         had = manifest["config"]["data"]
         keys = {f"data.{name}": had[name] for name in SHOWN_WITH if name in had}
         return keys | {f"data.{name}": manifest["image"][name] for name in ("mean", "std")}
-    unnamed = is_file(path) and not config.name.startswith(TIMM)
+    unnamed = is_file(Path(config.weights)) and not config.name.startswith(TIMM)
     if config.name in NETWORKS or config.name.startswith(OWN) or unnamed:
         return {}  # a file says nothing, unless timm knows what the weights of this name are
     shown: dict[str, Any] = package_of(config.name).shown(config.name, config.weights)

@@ -7,6 +7,7 @@ from torch import nn
 
 from distrib.config import OptimConfig
 from distrib.models.depth import depths
+from distrib.models.weights import first_and_last
 
 # Parts of a name that mark a weight as an offset or a scale, whatever its shape. It does not decay, as in torchvision's
 # references and timm: class tokens, position embeddings, tables of relative positions, layer scale, Swin V2's logit scale and
@@ -20,8 +21,8 @@ OFFSETS = {
 def group_names(model: nn.Module) -> dict[str, list[str]]:
     """The names of the trainable weights by group, in the order of the network.
 
-    matrices: weights of convolutions and linear layers, which decay. head: the last of these. vectors: biases and the weights
-    of norms. offsets: see OFFSETS, and those that the network itself exempts from weight decay, as timm's do.
+    matrices: weights of convolutions and linear layers, which decay. head: that of the last layer, or layers. vectors: biases
+    and the weights of norms. offsets: see OFFSETS, and those that the network itself exempts from weight decay, as timm's do.
     """
     exempt = OFFSETS | {*(model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())}  # type: ignore[operator]
     names: dict[str, list[str]] = {"matrices": [], "head": [], "vectors": [], "offsets": []}
@@ -29,7 +30,9 @@ def group_names(model: nn.Module) -> dict[str, list[str]]:
         if weight.requires_grad:
             vector, offset = weight.dim() < 2, not exempt.isdisjoint([name, *name.split(".")])
             names["vectors" if vector else "offsets" if offset else "matrices"].append(name)
-    names["head"] = [names["matrices"].pop()] if names["matrices"] else []
+    last = {*first_and_last(model)[1]}
+    names["head"] = [name for name in names["matrices"] if name in last] or names["matrices"][-1:]
+    names["matrices"] = [name for name in names["matrices"] if name not in names["head"]]
     return names
 
 
