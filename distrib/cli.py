@@ -16,6 +16,7 @@ from distrib.runtime import exits, signals
 from distrib.runtime.environment import env_world_size
 from distrib.training import OBJECTIVES
 
+INTERRUPTED = 130  # exit code, as shells have it
 BEGAN = time.time()  # about when this process started: the slow imports come later
 
 USAGE = """\
@@ -176,7 +177,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(args: Sequence[str]) -> int:
     """Run a command. Returns 0 if it completed or was stopped, 1 if it failed, 2 if the user made a mistake."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # a file name may be no text
     try:
@@ -185,6 +186,8 @@ def main(args: Sequence[str]) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"there is no command {args[0]!r}: use {', '.join(COMMANDS)}, or --help")
         return COMMANDS[args[0]](args[1:])
+    except KeyboardInterrupt:  # training listens to it
+        return INTERRUPTED
     except Exception as error:
         return exits.report(error)
 

@@ -80,6 +80,7 @@ def test_other_photos_of_the_same_classes_are_evaluated(tmp_path: Path, capsys: 
         ([], "give a run folder or a checkpoint, and keys of data only: distrib evaluate RUN [data.root=FOLDER]"),
         (["RUN", "optim.lr=1"], "give a run folder or a checkpoint, and keys of data only"),
         (["RUN", "data.root=/nowhere"], "data.root would be ignored: data.root applies to"),
+        (["RUN", "data.mean=0.5"], "data.mean would be ignored: give name, root, holdout, "),
         (["RUN", "data.rooot=1"], "there is no key data.rooot: did you mean data.root?"),
         (["/nowhere"], "/nowhere has no checkpoints: give a run folder or a checkpoint"),
     ],

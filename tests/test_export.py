@@ -203,7 +203,10 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path, monkeypatch: pytest.M
             export(run, tmp_path / out, **options)
         return str(error.value)
 
-    assert told("there.pt2").endswith("there.pt2 exists: give another name")
+    assert told("there.pt2").endswith("there.pt2 exists: give another name, or delete it")
+    (tmp_path / "noted.pt2.md").write_text("mine")
+    assert told("noted.pt2").endswith("noted.pt2.md exists: give another name, or delete it")
+    assert told("model.pt2", keys={"data.flip": "random"}).startswith("data.flip would be ignored: give name, root, ")
     assert (tmp_path / "there.pt2").read_bytes() == b"mine"
     assert told("model.tflite").endswith("model.tflite has no known suffix: give .safetensors, .pt2, .onnx")
     assert told("none/model.pt2") == f"the folder {tmp_path / 'none'} does not exist"
@@ -271,7 +274,9 @@ def test_the_code_in_a_model_card_works(tmp_path: Path, monkeypatch: pytest.Monk
     run = trained(tmp_path)
     export(run, tmp_path / f"model{suffix}")
     [code] = re.findall(r"```python\n(.*?)```", (tmp_path / f"model{suffix}.md").read_text(), re.S)
-    Image.effect_noise((20, 30), 90).save(tmp_path / "photo.png")
+    photo = Image.effect_noise((20, 30), 90).convert("RGB")
+    photo.putalpha(Image.effect_noise((20, 30), 200))
+    photo.save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"photo": "photo.png"}
     exec(code, space)

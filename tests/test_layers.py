@@ -169,7 +169,7 @@ def test_the_whole_can_be_read_in_an_afternoon() -> None:
         assert (ROOT / file).read_text().count("\n") <= 300, file
     assert sorted(lengths)[len(lengths) * 9 // 10] <= 18
     lines = sum((ROOT / file).read_text().count("\n") for file in PACKAGE if not file.startswith("distrib/scale/"))
-    assert lines <= 8_800, lines
+    assert lines <= 8_900, lines
 
 
 def test_the_loop_waits_for_nothing_and_calls_back_nobody() -> None:

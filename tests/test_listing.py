@@ -1,5 +1,6 @@
 """Folders and tables of pictures as people have them."""
 
+import os
 import shutil
 from pathlib import Path
 from unicodedata import normalize
@@ -206,7 +207,8 @@ def test_the_same_images_are_held_out_of_a_table_as_of_a_folder(tmp_path: Path) 
         ("path,colour\na.jpg,x\n", r"has the columns path, colour: name those of the files path and label"),
         ("path,label\na.jpg,x\n\nb.jpg\n", r"line 4 has 1 columns: \['b.jpg'\]"),
         ("path,label\na.jpg,x\nb.jpg, \n", r"line 3 lacks a path or a label: \['b.jpg', ' '\]"),
-        ("path,label\na.jpg,x\nb.jpg,x\n", r"has one class only, x"),
+        ("path,label\na.jpg,x\nb.jpg,x\n", r"has one class only, x: a table needs two classes; no validation"),
+        ("a.jpg,x,1\nb.jpg,x,0\n", r"a table needs two classes; column 3 is not used, since it says train nowhere; no val"),
         ("path,label\nnowhere.jpg,x\na.jpg,y\n0.jpg,x\n1.jpg,y\n2.jpg,x\n", r".jpg cannot be read: No such file or directory"),
     ],
 )
@@ -214,3 +216,28 @@ def test_a_table_that_cannot_be_used_is_refused_in_a_line(tmp_path: Path, text: 
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         load_source(DataConfig(name="csv", root=str(tmp_path / "labels.csv"), holdout=0.9), download=False).fingerprint()
+
+
+def test_a_class_may_be_named_train_and_folders_beside_the_split_of_that_name_are_told(tmp_path: Path) -> None:
+    pictures(*(tmp_path / name for name in ("bus", "car", "train")), number=9)
+    found = listed(tmp_path)
+    assert found.classes() == ["bus", "car", "train"]
+    assert len(found.train) + len(found.val) == 27
+    pictures(tmp_path / "train/diesel", tmp_path / "train/steam", number=9)
+    (tmp_path / ".git").mkdir()
+    found = listed(tmp_path)
+    assert found.classes() == ["diesel", "steam"]
+    assert "folders beside train/ are not used: bus, car" in found.notes
+
+
+def test_what_is_no_file_or_half_of_one_is_left_out_and_counted(tmp_path: Path) -> None:
+    pictures(tmp_path / "a", tmp_path / "b", number=9)
+    os.mkfifo(tmp_path / "a/pipe")
+    (tmp_path / "a/link").symlink_to(tmp_path / "nowhere")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
+    (tmp_path / "b/x.jpg.part").write_bytes((tmp_path / "whole.jpg").read_bytes()[:100])
+    (tmp_path / "b/half").write_bytes((tmp_path / "whole.jpg").read_bytes()[:100])
+    assert any(
+        note.startswith("left out: ") and "2 links to nothing, pipes and the like" in note and "1 .part files" in note
+        for note in listed(tmp_path).notes
+    )

@@ -14,7 +14,7 @@ from PIL import Image
 from test_bad_images import damaged, pictures
 
 import distrib
-from distrib.cli import main
+from distrib.cli import COMMANDS, main
 from distrib.config import DataConfig
 from distrib.data.datasets import load_source
 from distrib.errors import UserError
@@ -143,3 +143,22 @@ def test_a_network_of_the_users_own_has_to_be_passed_again(tmp_path: Path) -> No
         distrib.load(tmp_path)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     assert distrib.load(tmp_path, network=network).logits(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 10)
+
+
+def test_what_a_folder_has_beside_images_is_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    pictures(tmp_path / "more")
+    (tmp_path / "more/link").symlink_to("/nowhere")
+    assert main(["predict", str(run), str(tmp_path / "empty"), str(tmp_path / "more")]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 + 36
+    assert err == "left out: 1 empty folders, 1 links to nothing, pipes and the like\n"
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "predict", interrupted)
+    assert main(["predict", "run", "photo.jpg"]) == 130
+    assert capsys.readouterr() == ("", "")

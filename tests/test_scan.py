@@ -85,7 +85,8 @@ def test_a_table_is_scanned_too_and_a_long_list_of_classes_is_shortened(
     [
         ([], "give the folder or the table of images: distrib scan DATA"),
         (["data.size=3"], "give the folder or the table of images"),
-        (["/nowhere"], "data.root=/nowhere cannot be read as a table: "),
+        (["/nowhere"], "there is no folder or table /nowhere"),
+        ([".", "data.holdout=1"], "data.holdout=1 is for evaluation: omit it"),
         ([".", "optim.lr=3"], "unexpected argument 'optim.lr=3': give keys of data only"),
         ([".", "data.sise=3"], "there is no key data.sise: did you mean data.size?"),
     ],
@@ -96,3 +97,11 @@ def test_a_mistake_is_told_in_a_line(args: list[str], words: str, capsys: pytest
     assert out == ""
     assert err.startswith(f"distrib: {words}")
     assert err.count("\n") == 1
+
+
+def test_a_file_whose_decoder_fails_in_its_own_way_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pictures(tmp_path)
+    (root / "train/a/odd.dds").write_bytes(b"DDS " + (124).to_bytes(4, "little") + bytes(200))
+    code, lines = scanned(capsys, root)
+    assert code == 1
+    assert any(line.startswith(f"  {root}/train/a/odd.dds: ") for line in lines)

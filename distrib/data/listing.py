@@ -16,6 +16,7 @@ from distrib.data.pixels import SUFFIXES, is_image
 from distrib.errors import UserError, one_line
 
 VAL = ("val", "valid", "validation", "test")  # names of the validation images; the first one that exists is used
+TRAIN = ("train", "training")  # names of the training images in a table
 SYSTEM = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found", "#recycle"}
 # Names of a table's columns.
 PATHS = {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "name"}
@@ -43,8 +44,12 @@ class Listing:
             only = words(sorted(seen - known))
             raise UserError(f"data.root={self.root}: the class {only} has validation images, but no training images")
         if len(known) < 2:
-            found = f"one class only, {words(sorted(known))}" if known else "no images in class folders"
-            raise UserError(f"data.root={self.root} has {found}: it needs a folder for each class; is it a folder too deep?")
+            table = self.root.is_file()
+            nothing = "no images to train on" if table else "no images in class folders"
+            found = f"one class only, {words(sorted(known))}" if known else nothing
+            way_out = "it needs a folder for each class; is it a folder too deep?"
+            way_out = "; ".join(["a table needs two classes", *self.notes]) if table else way_out
+            raise UserError(f"data.root={self.root} has {found}: {way_out}")
         if not self.val:
             raise UserError(
                 f"data.root={self.root}: data.holdout holds out none of {len(self.train):,} images: give a larger one"
@@ -61,7 +66,11 @@ def list_folder(root: Path, holdout: float) -> Listing:
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder")
-    splits = {normalize("NFC", each.name).lower(): Path(each.path) for each in os.scandir(root) if each.is_dir()}
+    folders = {each.name: Path(each.path) for each in os.scandir(root) if each.is_dir() and not kind_of_junk(each.name)}
+    splits = {normalize("NFC", name).lower(): path for name, path in folders.items()}
+    beside = [name for name in folders if normalize("NFC", name).lower() not in ("train", *VAL)]
+    if "train" in splits and beside and not any(each.is_dir() for each in splits["train"].iterdir()):
+        splits = {}  # it is the class of trains
     vals = [name for name in VAL if name in splits]
     if "train" not in splits and vals:
         name = splits[vals[0]].name
@@ -76,8 +85,10 @@ def list_folder(root: Path, holdout: float) -> Listing:
         if vals[1:]:
             listing.notes.append(f"validation uses {vals[0]}/; {words(vals[1:])}/ is not used")
     hold_out(listing, holdout)
+    if "train" in splits and beside:
+        listing.notes.append(f"folders beside train/ are not used: {words(sorted(beside))}")
     if left_out:
-        listing.notes.append(f"left out: {', '.join(f'{count:,} {kind}' for kind, count in sorted(left_out.items()))}")
+        listing.notes.append(f"left out: {counted(left_out)}")
     return listing
 
 
@@ -114,13 +125,19 @@ def images_in(folder: str, left_out: Counter[str]) -> list[str]:
         for name in names:
             path, suffix = os.path.join(parent, name), os.path.splitext(name)[1].lower()
             kind = kind_of_junk(name)
-            if not kind and suffix not in SUFFIXES and not is_image(path):
+            if not kind and suffix not in SUFFIXES and not os.path.isfile(path):
+                kind = "links to nothing, pipes and the like"
+            elif not kind and suffix not in SUFFIXES and not is_image(path):
                 kind = f"{suffix} files" if suffix else "files that are no images"
             if kind:
                 left_out[kind] += 1
             else:
                 found.append((parent, name))
     return [os.path.join(*each) for each in sorted(found)]
+
+
+def counted(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()) if count)
 
 
 def fail(error: OSError) -> None:
@@ -174,6 +191,9 @@ def list_table(file: Path, holdout: float) -> Listing:
             raise
         raise UserError(f"data.root={file} cannot be read as a table: {one_line(error)}") from None
     path, label, split = columns_of(lines, file)
+    if split is not None and not any(len(row) > split and row[split].strip().lower() in TRAIN for _, row in lines):
+        listing.notes.append(f"column {split + 1} is not used, since it says train nowhere")
+        split = None
     of_split: dict[str, list[tuple[str, str]]] = {}
     for number, row in lines:
         if len(row) <= max(path, label, split or 0):
@@ -182,9 +202,7 @@ def list_table(file: Path, holdout: float) -> Listing:
             raise UserError(f"data.root={file}: line {number} lacks a path or a label: {row}")
         image = os.path.join(file.parent, os.path.expanduser(row[path].strip()))
         name = row[split].strip().lower() if split is not None else ""
-        of_split.setdefault("train" if name in ("", "train", "training") else name, []).append(
-            (image, normalize("NFC", row[label].strip()))
-        )
+        of_split.setdefault("train" if name in ("", *TRAIN) else name, []).append((image, normalize("NFC", row[label].strip())))
     listing.train = of_split.pop("train", [])
     vals = [name for name in VAL if name in of_split]
     if vals:

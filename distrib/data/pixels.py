@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from distrib.config import DataConfig
@@ -99,9 +99,11 @@ class ImageSpec:
 def is_image(path: str) -> bool:
     """Whether the first bytes of a file are those of an image. Raises OSError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             return image.format not in OTHERS
-    except (UnidentifiedImageError, SyntaxError, ValueError):
+    except Exception as error:  # decoders raise errors of many kinds
+        if isinstance(error, OSError) and error.errno:
+            raise
         return False
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -47,7 +48,7 @@ def look_at(path: str, spec: ImageSpec) -> Look:
             size, kind = image.size, f"{image.format} {image.mode}"
         pixels_of(path, spec, lambda width, height: (0, 0, width, height))
         return Look(size, kind)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise errors of many kinds
         return Look(size, kind, getattr(error, "strerror", None) or one_line(error).replace(f" {path!r}", ""))
 
 
@@ -58,7 +59,7 @@ def scan(args: Sequence[str]) -> tuple[list[str], bool]:
     splits = {name: files for name, files in (("train", source.train), ("val", source.val)) if isinstance(files, Files)}
     looks: dict[str, list[Look]] = {}
     with (
-        ProcessPoolExecutor(cores_of_a_rank(1), get_context("fork")) as pool,
+        ProcessPoolExecutor(cores_of_a_rank(1), get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
         tqdm(total=len(source.train) + len(source.val), unit=" images", leave=False, disable=None) as bar,
     ):
         for split, files in splits.items():
@@ -78,8 +79,13 @@ def config_of(args: Sequence[str]) -> Config:
     odd = [arg for arg in args[1:] if not arg.startswith("data.")]
     if odd:
         raise UserError(f"unexpected argument {odd[0]!r}: give keys of data only, such as data.size=224")
-    name = "folder" if Path(args[0]).expanduser().is_dir() else "csv"
-    return load_config([f"data.name={name}", f"data.root={args[0]}", *args[1:]])
+    data = Path(args[0]).expanduser()
+    if not data.exists():
+        raise UserError(f"there is no folder or table {data}")
+    config = load_config([f"data.name={'folder' if data.is_dir() else 'csv'}", f"data.root={data}", *args[1:]])
+    if config.data.holdout == 1:
+        raise UserError("data.holdout=1 is for evaluation: omit it")
+    return config
 
 
 def summary(source: Source, looks: dict[str, list[Look]]) -> Iterator[str]:

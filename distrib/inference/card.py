@@ -14,7 +14,7 @@ def facts_of(classifier: Classifier) -> dict[str, Any]:
     mean, std = (manifest["image"][name] for name in ("mean", "std"))
     return {
         "classes": list(classifier.classes),
-        "input": "images: uint8 (n, height, width, 3), red, green, blue, upright, of any size",
+        "input": "images: uint8 (n, height, width, 3), red, green, blue, 8 bits, upright, on white, of any size",
         "output": f"logits: float32 (n, {len(classifier.classes)}), in the order of the classes",
         "preprocessing": {
             "inside": True,

@@ -1,5 +1,6 @@
 """A trained run as a classifier: its network, its classes, and the function from an image file to its pixels."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,12 +15,14 @@ from distrib.data.augment import Normalize, mean_logits
 from distrib.data.pixels import ImageSpec, pixels_of
 from distrib.data.source import Source, data_differences
 from distrib.errors import UserError
+from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.weight_files import description_in
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 from distrib.training.precision import choose_precision
 from distrib.training.state import shapes, tensor_differences
 
+OTHER_DATA = ("name", "root", "holdout", "bad_images", "white", "max_pixels")  # keys that may differ from those of the run
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,6 +78,16 @@ def refuse_other_classes(folder: Path, manifest: dict[str, Any], source: Source)
     there, now = manifest["data"], {"classes": list(source.classes)}
     if there["classes"] != now["classes"]:
         raise UserError(f"{folder} has another {data_differences(there, there | now)[0]}")
+
+
+def with_data(config: Config, keys: Mapping[str, str], used: Collection[str]) -> Config:
+    """`config` with other `keys` of data. Raises UserError if one is not among those that are `used`."""
+    found = with_values(config, keys, "")
+    refuse_keys_that_do_not_apply(found, {*keys})
+    idle = [key for key in keys if key.removeprefix("data.") not in used]
+    if idle:
+        raise UserError(f"{', '.join(idle)} would be ignored: give {', '.join(used)} of data only")
+    return found
 
 
 def refuse_missing_objects(folder: Path, config: Config, function: str, **given: object) -> None:

@@ -1,7 +1,7 @@
 """`evaluate`: the exact meters of a trained run on a validation set, on any number of ranks."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,22 +10,23 @@ from typing import NamedTuple
 
 from torch import nn
 
-from distrib.command_line import with_values
 from distrib.data.loaders import Loader
 from distrib.data.sharing import load_shared
 from distrib.data.source import Source
 from distrib.data.steps import Steps
 from distrib.data.workers import start_workers
 from distrib.inference.classifier import (
+    OTHER_DATA,
     config_of,
     find,
     refuse_another_network,
     refuse_damaged_weights,
     refuse_missing_objects,
     refuse_other_classes,
+    with_data,
 )
-from distrib.keys import refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
+from distrib.models.weights import SHOWN_WITH
 from distrib.runtime import disk, ranks
 from distrib.runtime.environment import env_world_size
 from distrib.training import evaluation
@@ -73,8 +74,7 @@ def evaluate_classes(
 ) -> Evaluation:
     """What `evaluate` returns, and the result of each class. `keys` of data, such as data.root, replace those of the run."""
     folder, manifest, weights = find(Path(run))
-    config = with_values(config_of(manifest), keys, "")
-    refuse_keys_that_do_not_apply(config, {*keys})
+    config = with_data(config_of(manifest), keys, (*OTHER_DATA, "workers", "resident", *SHOWN_WITH))
     disk.retries = disk.Retries(limit=config.limits.read)
     refuse_missing_objects(folder, config, "evaluate", data=source, model=network, objective=objective)
     with start_workers(config, source) as workers, ranks.connected(config) as channel:
@@ -98,23 +98,17 @@ def evaluate_classes(
     )
 
 
-def report(found: Evaluation) -> list[str]:
+def report(found: Evaluation) -> Iterator[str]:
     """The lines of an evaluation: the meters, and a table of classes, the worst first."""
-    values = "  ".join(
-        f"{name} {value:.4f}" for name, value in found.values.items() if name not in (evaluation.IMAGES, evaluation.MISSED)
-    )
-    lines = [f"{found.checkpoint}: {values}  of {sum(found.images):,} images"]
+    yield from (f"data: {note}" for note in found.notes)
+    shown = {name: value for name, value in found.values.items() if name not in (evaluation.IMAGES, evaluation.MISSED)}
+    values = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    yield f"{found.checkpoint}: {values}  of {sum(found.images):,} images"
     width = max(5, *map(len, found.classes))
-    rows = sorted(zip(found.classes, found.images, found.hits, strict=True), key=lambda row: row[2] / max(1, row[1]))
-    lines.append(f"{'class':<{width}}  {'images':>8}  {'right':>8}  {'%':>6}")
-    return (
-        [f"data: {note}" for note in found.notes]
-        + lines
-        + [
-            f"{name:<{width}}  {images:>8,}  {hits:>8,}  {f'{100 * hits / images:.2f}' if images else '-':>6}"
-            for name, images, hits in rows
-        ]
-    )
+    yield f"{'class':<{width}}  {'images':>8}  {'right':>8}  {'%':>6}"
+    rows = zip(found.classes, found.images, found.hits, strict=True)
+    for name, images, hits in sorted(rows, key=lambda row: row[2] / max(1, row[1])):
+        yield f"{name:<{width}}  {images:>8,}  {hits:>8,}  {f'{100 * hits / images:.2f}' if images else '-':>6}"
 
 
 def as_json(found: Evaluation) -> str:

@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distrib.command_line import with_values
 from distrib.data.datasets import load_source
 from distrib.data.files import read_image
 from distrib.data.pixels import ImageSpec, center_of, picture_of
 from distrib.data.source import Arrays, Files, Source
 from distrib.errors import DiskError, RunError, UserError
 from distrib.inference.card import card, facts_of
-from distrib.inference.classifier import Classifier, load, refuse_missing_objects, refuse_other_classes
-from distrib.inference.graph import FORMATS, Answers
-from distrib.keys import refuse_keys_that_do_not_apply
+from distrib.inference.classifier import OTHER_DATA, Classifier, load, refuse_missing_objects, refuse_other_classes, with_data
+from distrib.inference.graph import FORMATS, Answers, Format
 from distrib.models.build import NetworkOrBuilder
 from distrib.runtime import disk
 
 USAGE = """\
 usage: distrib export RUN OUT.safetensors|OUT.pt2|OUT.onnx [data.KEY=value ...]
 
-Writes the best checkpoint of the run folder RUN, or the checkpoint RUN, as one file, with a model card OUT.md beside it:
+Writes the best checkpoint of the run folder RUN, or the checkpoint RUN, as one file, with a model card beside it, which
+has the same name and .md:
 
   .onnx          for onnxruntime and others; needs pip install distrib[onnx]
   .pt2           for torch.export.load, without distrib
@@ -84,19 +83,11 @@ def export(
     Raises UserError, and RunError if the answers differ. After a kill at any time, `out` is complete, or is not there.
     """
     out = Path(out)
-    form = FORMATS.get(out.suffix)
-    if not form:
-        raise UserError(f"{out} has no known suffix: give {', '.join(FORMATS)}")
-    missing = [package for package in form.needs if not find_spec(package)]
-    if missing:
-        raise UserError(f"{out.suffix} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    if out.exists() or not out.parent.is_dir():
-        raise UserError(f"{out} exists: give another name" if out.exists() else f"the folder {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"the folder {out.parent} cannot be written to: give another one")
+    form = format_of(out)
     classifier = load(run, network=network, device="cpu")
-    config = with_values(classifier.config, keys, "")
-    refuse_keys_that_do_not_apply(config, {*keys})
+    config = with_data(classifier.config, keys, OTHER_DATA)
+    spec = replace(classifier.spec, white=config.data.white, max_pixels=config.data.max_pixels)
+    classifier = replace(classifier, spec=spec)
     refuse_missing_objects(classifier.checkpoint, config, "export", data=source)
     disk.retries = disk.Retries(limit=config.limits.read)
     source = source or load_source(config.data, download=True)
@@ -113,6 +104,24 @@ def export(
         except OSError as error:
             raise DiskError(f"{out} cannot be written: {error.strerror}") from None
     return found
+
+
+def format_of(out: Path) -> Format:
+    """The format of a file that is to be written. Raises UserError if it cannot be."""
+    form = FORMATS.get(out.suffix)
+    if not form:
+        raise UserError(f"{out} has no known suffix: give {', '.join(FORMATS)}")
+    missing = [package for package in form.needs if not find_spec(package)]
+    if missing:
+        raise UserError(f"{out.suffix} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"the folder {out.parent} cannot be written to: give another one")
+    there = [path for path in (out, out.with_name(f"{out.name}.md")) if path.exists()]
+    if there:
+        raise UserError(f"{there[0]} exists: give another name, or delete it")
+    return form
 
 
 def compared(artifact: Answers, classifier: Classifier, split: Arrays | Files, *, skip: bool) -> Comparison:

@@ -112,7 +112,12 @@ class Format(NamedTuple):
     usage: str
 
 
-PICTURE = "images = numpy.array(PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGB'))[None]"
+PICTURE = (
+    "# a photo of 8 bits: more have to be scaled before\n"
+    "picture = PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGBA')\n"
+    "white = PIL.Image.new('RGBA', picture.size, 'white')\n"
+    "images = numpy.array(PIL.Image.alpha_composite(white, picture).convert('RGB'))[None]"
+)
 FORMATS = {
     ".safetensors": Format(
         write_safetensors, run_safetensors, (), "import distrib\n\nclassifier = distrib.load({name!r})\nlogits = "

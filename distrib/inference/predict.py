@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distrib.data.files import Reader
-from distrib.data.listing import images_in
+from distrib.data.listing import counted, images_in
 from distrib.data.source import Files
 from distrib.data.steps import Share
 from distrib.data.workers import MOST, Stream, Workers
@@ -68,13 +68,17 @@ def paths_of(args: Iterable[str]) -> list[str]:
     found, left_out = list[str](), Counter[str]()
     for arg in args:
         if arg == "-":
-            found += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            found += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif os.path.isdir(arg):
-            found += images_in(arg, left_out)
+            images = images_in(arg, left_out)
+            found += images
+            left_out["empty folders"] += not images
         else:
             found.append(arg)
     if not found:
         raise UserError("there are no images: give files, folders, or - for paths in the standard input")
+    if +left_out:
+        print(f"left out: {counted(left_out)}", file=sys.stderr)
     return found
 
 

@@ -35,6 +35,8 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def report(error: Exception) -> int:
     """Print the error that ended a command, unless another rank does; returns the exit code."""
+    if isinstance(error, PermissionError) and error.filename:
+        error = UserError(f"{error.filename}: permission denied")
     if not isinstance(error, UserError | RunError):
         traceback.print_exception(error)
     elif error.speaks or (error.speaks is None and not printed_by_rank0()):
