@@ -1,7 +1,10 @@
-"""Networks: their shapes, their norms."""
+"""Networks: their shapes, their norms, and where they compute in float32."""
+
+from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
@@ -10,7 +13,7 @@ from distrib.errors import UserError
 from distrib.models import torchvision_names
 from distrib.models.build import build_model
 from distrib.models.cnn import CNN
-from distrib.models.layers import fit_whitening
+from distrib.models.layers import fit_whitening, with_fast_depthwise
 
 SHAPE = (1, 28, 28)
 
@@ -148,3 +151,28 @@ def test_a_handed_network_that_gives_no_logits_is_refused_in_a_line(network: nn.
 def test_a_handed_network_brings_its_own_first_layer() -> None:
     with pytest.raises(UserError, match=r"^model.whiten does not work with your own network: put such a layer into"):
         build_model(ModelConfig(name="own:mine", whiten=2), SHAPE, classes=7, own=nn.Flatten())
+
+
+def test_depthwise_convolutions_have_the_gradients_of_float32_where_those_of_bf16_are_slow() -> None:
+    network = with_fast_depthwise(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, stride=2, groups=8)))
+    first, second = network
+    assert type(first) is nn.Conv2d
+    images = torch.randn(2, 8, 9, 9).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = second(images)
+        out.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(second(images), F.conv2d(images, second.weight, second.bias, 2, groups=8))
+    exact = F.conv2d(images.float(), second.weight, second.bias, 2, groups=8)
+    assert torch.equal(out, exact.bfloat16())
+    [gradient] = torch.autograd.grad(exact.bfloat16().sum(), second.weight)
+    assert torch.equal(second.weight.grad, gradient)
+    assert torch.equal(deepcopy(second)(images.float()), second(images.float()))
+
+
+def test_each_network_of_a_package_has_fast_depthwise_convolutions() -> None:
+    for name in ("mobilenet_v2", "timm:tf_efficientnet_lite0"):
+        network = build_model(ModelConfig(name=name), (3, 64, 64), 3)
+        strided = [each for each in network.modules() if isinstance(each, nn.Conv2d) and each.groups > 1 and each.stride[0] > 1]
+        assert len(strided) == 4, name
+        assert {type(each).__name__ for each in strided} == {"TrainedInFloat32"}

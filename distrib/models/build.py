@@ -10,7 +10,7 @@ from torchvision import models
 from distrib.config import ModelConfig
 from distrib.errors import UserError, one_line
 from distrib.models import NETWORKS, package_of
-from distrib.models.layers import Shape, Whitening, evaluating, with_group_norm
+from distrib.models.layers import Shape, Whitening, evaluating, with_fast_depthwise, with_group_norm
 from distrib.models.weights import load_pretrained
 from distrib.registry import lookup
 
@@ -61,7 +61,7 @@ def of_a_package(config: ModelConfig, shape: Shape, classes: int) -> nn.Module:
         raise
     except (AssertionError, ValueError) as error:  # such as a size that does not divide into patches
         raise unfit(config.name, shape, error) from None
-    return network
+    return with_fast_depthwise(network)
 
 
 def unfit(name: str, shape: Shape, error: Exception) -> UserError:
