@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from conftest import SMALL
 from PIL import Image
 from test_bad_images import damaged, pictures
+from torch import nn
 
 import distrib
 from distrib.cli import COMMANDS, main
@@ -162,3 +164,16 @@ def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(COMMANDS, "predict", interrupted)
     assert main(["predict", "run", "photo.jpg"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_of_equal_logits_the_first_class_is_the_answer_as_in_an_evaluation(run: Path) -> None:
+    class Equal(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1.0, 2.0, *[2.0 + 1e-7] * 6, 2.0]).expand(len(images), 9)
+
+    classifier = replace(distrib.load(run), network=Equal(), classes=tuple("abcdefghi"))
+    paths = sorted(map(str, (run.parent / "pictures/val").rglob("*.png")))
+    answers = [each.top for each in predict(classifier, paths, top=2)]
+    expected = int(classifier.logits(classifier.pixels(paths[0])[None]).argmax())
+    assert {top[0][0] for top in answers} == {classifier.classes[expected]}
+    assert all(top[0][1] >= top[1][1] for top in answers)

@@ -48,8 +48,10 @@ def predict(classifier: Classifier, paths: list[str], top: int = 1, workers: Wor
     for share, images in stream.read(batches(len(paths), classifier.config.batch_size)):
         found = dict[int, list[tuple[str, float]]]()
         if len(images):
-            probabilities = classifier.logits(classifier.with_channels(images)).softmax(1)
-            values, classes = (each.tolist() for each in probabilities.topk(min(top, len(classifier.classes))))
+            logits = classifier.logits(classifier.with_channels(images))
+            # The first of equal logits is the answer, as in an evaluation; in bf16, logits are often equal.
+            order = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+            values, classes = logits.softmax(1).gather(1, order).tolist(), order.tolist()
             for number, *row in zip(share.images.tolist(), classes, values, strict=True):
                 found[number] = [(classifier.classes[i], value) for i, value in zip(*row, strict=True)]
         for number in range(share.epoch, min(share.epoch + classifier.config.batch_size, len(paths))):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,19 +78,20 @@ def with_fast_depthwise(model: nn.Module) -> nn.Module:
     for each in [each for each in model.modules() if isinstance(each, nn.Conv2d)]:
         depthwise = each.groups == each.in_channels > 1
         if depthwise and (max(each.stride) > 1 or max(each.kernel_size) > 3):
-            each.__class__ = trained_in_float32(type(each))
+            kind: Any = type(each)
+            each.__class__ = trained_in_float32(kind)
     return model
 
 
 @cache
-def trained_in_float32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    class TrainedInFloat32(kind):  # type: ignore[misc, valid-type]
-        def forward(self, images: Tensor) -> Tensor:
+def trained_in_float32(kind: Any) -> Any:
+    class TrainedInFloat32(kind):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Any:
             mixed = images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
             if not mixed:
-                return super().forward(images)  # type: ignore[no-any-return]
+                return super().forward(images)
             with torch.autocast("cpu", enabled=False):
-                return super().forward(images.float()).to(torch.get_autocast_dtype("cpu"))  # type: ignore[no-any-return]
+                return super().forward(images.float()).to(torch.get_autocast_dtype("cpu"))
 
     return TrainedInFloat32
 
