@@ -165,8 +165,15 @@ def test_typed_keys_win_over_those_of_the_weights(tmp_path: Path) -> None:
     assert (image["mean"], image["std"]) == ([0.25] * 3, [0.5, 0.25, 0.5])
 
 
-def test_images_are_stretched_for_weights_that_know_them_so_and_a_center_crop_of_them_is_refused() -> None:
-    squashed = ["data.name=folder", "model.name=timm:convnext_tiny.in12k_ft_in1k_384", "model.weights=DEFAULT"]
+def test_images_are_stretched_for_weights_that_know_them_so_and_a_center_crop_of_them_is_refused(
+    tmp_path: Path,
+) -> None:
+    squashed = [
+        f"run_dir={tmp_path}",
+        "data.name=folder",
+        "model.name=timm:convnext_tiny.in12k_ft_in1k_384",
+        "model.weights=DEFAULT",
+    ]
     config, lines = with_pixels_of_weights(load_config(squashed), own=False)
     assert (config.data.size, config.data.fit, config.data.center_crop) == (384, "stretch", "auto")
     assert "data.size=384 data.fit=stretch data.filter=bicubic data.mean=" in lines[0]
