@@ -66,9 +66,9 @@ def list_folder(root: Path, holdout: float) -> Listing:
     """
     if not root.is_dir():
         raise UserError(f"data.root={root} is not a folder")
-    folders = {each.name: Path(each.path) for each in os.scandir(root) if each.is_dir() and not kind_of_junk(each.name)}
-    splits = {normalize("NFC", name).lower(): path for name, path in folders.items()}
-    beside = [name for name in folders if normalize("NFC", name).lower() not in ("train", *VAL)]
+    folders = [Path(each.path) for each in os.scandir(root) if each.is_dir() and not kind_of_junk(each.name)]
+    splits = {normalize("NFC", folder.name).lower(): folder for folder in folders}
+    beside = [folder.name for name, folder in splits.items() if name not in ("train", *VAL)]
     if "train" in splits and beside and not any(each.is_dir() for each in splits["train"].iterdir()):
         splits = {}  # it is the class of trains
     vals = [name for name in VAL if name in splits]

@@ -75,10 +75,11 @@ def with_fast_depthwise(model: nn.Module) -> nn.Module:
 
     There their gradients take 2 to 17 times as long in bf16, for which oneDNN has no fast kernels.
     """
-    for each in [each for each in model.modules() if isinstance(each, nn.Conv2d)]:
+    convolutions = (each for each in model.modules() if isinstance(each, nn.Conv2d))
+    for each in convolutions:
+        kind: Any = type(each)
         depthwise = each.groups == each.in_channels > 1
         if depthwise and (max(each.stride) > 1 or max(each.kernel_size) > 3):
-            kind: Any = type(each)
             each.__class__ = trained_in_float32(kind)
     return model
 
