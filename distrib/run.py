@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from distrib.config import OWN, Config
 from distrib.data.loaders import Batch, Loader
@@ -22,7 +21,6 @@ from distrib.errors import UserError
 from distrib.keys import keys_changed, refuse_keys_that_do_not_apply
 from distrib.models.build import NetworkOrBuilder, build_model
 from distrib.models.layers import fit_whitening
-from distrib.models.weights import forget_other_classes
 from distrib.reporting.log import Log
 from distrib.runtime import attempts, disk, ranks, signals
 from distrib.runtime.checkpoint import checkpoint_at
@@ -149,16 +147,9 @@ def build(
     """
     source = loader.source
     torch.manual_seed(config.seed)
-    build_on = partial(build_model, config.model, source.shape, len(source.classes), network)
+    build_on = partial(build_model, config.model, source.shape, len(source.classes), network, names=source.classes)
     lines = list[str]()
-
-    def build_network(rank0: bool) -> nn.Module:
-        built = build_on(load=load and rank0, tell=lines.append)
-        if load and rank0 and config.model.weights:
-            lines.extend(forget_other_classes(built, config.model.weights, source.classes))
-        return built
-
-    built = ranks.rank0_first(build_network).to(loader.device)
+    built = ranks.rank0_first(lambda rank0: build_on(load=load and rank0, tell=lines.append)).to(loader.device)
     if network is not None or config.model.weights:
         ranks.broadcast_network(built)  # each rank built its own, and rank 0 loaded its weights
     fit_whitening(built, loader.sample)

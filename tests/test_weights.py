@@ -330,7 +330,8 @@ def test_the_last_layer_of_a_run_on_other_classes_starts_at_0(tmp_path: Path, ca
     for classes, told in ((("cat", "dog"), False), (("owl", "fox"), True)):
         capsys.readouterr()
         run(f"of {classes[0]}", classes, f"model.weights={tmp_path / 'first'}", "optim.lr=1e-30")
-        assert ("was trained on other classes, so the last layer starts at 0" in capsys.readouterr().out) == told
+        said = "(trained on other classes); not loaded, so 0: head.weight, head.bias\n"
+        assert (said in capsys.readouterr().out) == told
         tensors = load_file(next((tmp_path / f"of {classes[0]}").glob("checkpoints/*/model.safetensors")))
         assert (tensors["head.weight"].abs().max() < 1e-20) == told
     with pytest.raises(UserError, match=r"which is \[2\] there, \[4\] here: it was trained with model.width=4$"):

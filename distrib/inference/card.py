@@ -1,11 +1,40 @@
 """The model card of an exported network: what it is, what it was trained on, how good it is, and how to use it."""
 
+from pathlib import PurePath
 from typing import Any
 
 from distrib.command_line import dotted
 from distrib.inference.classifier import Classifier
 
 ROWS = 30  # of the table of classes
+
+PICTURE = """\
+# a photo of 8 bits: more have to be scaled before
+picture = PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGBA')
+white = PIL.Image.new('RGBA', picture.size, 'white')
+images = numpy.array(PIL.Image.alpha_composite(white, picture).convert('RGB'))[None]
+"""
+USAGES = {  # by suffix, of the file FILE
+    ".safetensors": """\
+import distrib
+
+classifier = distrib.load(FILE)
+logits = classifier.logits(classifier.pixels(photo)[None])
+""",
+    ".pt2": f"""\
+import numpy, PIL.Image, PIL.ImageOps, torch
+
+model = torch.export.load(FILE).module()
+{PICTURE}logits = model(torch.from_numpy(images))
+""",
+    ".onnx": f"""\
+import json, numpy, onnxruntime, PIL.Image, PIL.ImageOps
+
+session = onnxruntime.InferenceSession(FILE)
+classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])
+{PICTURE}[logits] = session.run(['logits'], {{'images': images}})
+""",
+}
 
 
 def facts_of(classifier: Classifier) -> dict[str, Any]:
@@ -32,7 +61,7 @@ def facts_of(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def card(classifier: Classifier, name: str, comparison: str, usage: str) -> str:
+def card(classifier: Classifier, name: str, comparison: str) -> str:
     """The text of a model card, in Markdown. `name` is that of the file, `comparison` how it did on the validation images."""
     manifest, facts = classifier.manifest, facts_of(classifier)
     data, pixels = manifest["data"], facts["preprocessing"]
@@ -54,8 +83,9 @@ def card(classifier: Classifier, name: str, comparison: str, usage: str) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     shown = "\n".join(f"- {each}" for each in classifier.classes[:ROWS])
     more = f"\n- and {len(classifier.classes) - ROWS} more" if len(classifier.classes) > ROWS else ""
+    usage = USAGES[PurePath(name).suffix].replace("FILE", repr(name))
     config = "\n".join(f"{key}={value}" for key, value in dotted(manifest["config"]))
     return (
         f"# {name}\n\nAn image classifier, trained with distrib.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## Use\n\n```python\n{usage}\n```\n\n## Classes\n\n{shown}{more}\n\n## Config of the run\n\n```\n{config}\n```\n"
+        f"## Use\n\n```python\n{usage}```\n\n## Classes\n\n{shown}{more}\n\n## Config of the run\n\n```\n{config}\n```\n"
     )

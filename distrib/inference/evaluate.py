@@ -57,9 +57,9 @@ def evaluate(
     """The meters of a run's weights on the validation images. Every rank must call this.
 
     `run` is a run folder, whose best checkpoint is used, a checkpoint, or an exported .safetensors file. The weights are the
-    moving average if there is one.
-    Objects that were passed to train() must be passed again; `source` may also be another data set with the same classes.
-    Precision and test-time augmentation are those of the run. Raises UserError, and RunError if the checkpoint cannot be read.
+    moving average if there is one. Objects that were passed to train() must be passed again; `source` may also be another data
+    set with the same classes. Precision and test-time augmentation are those of the run. Raises UserError, and RunError if the
+    checkpoint cannot be read.
     """
     return evaluate_classes(run, source=source, network=network, objective=objective).values
 

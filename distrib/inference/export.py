@@ -97,7 +97,7 @@ def export(
         form.write(classifier, facts_of(classifier), made)
         found = compared(form.run(made), classifier, source.val, skip=config.data.bad_images == "skip")
         text = Path(room, "card.md")
-        text.write_text(card(classifier, out.name, str(found), form.usage.format(name=out.name)), encoding="utf-8")
+        text.write_text(card(classifier, out.name, str(found)), encoding="utf-8")
         try:
             place(text, out.with_name(f"{out.name}.md"))
             place(made, out)

@@ -104,33 +104,15 @@ def run_safetensors(path: Path) -> Answers:
 
 
 class Format(NamedTuple):
-    """How an artifact is written, what runs it, and how others use it, as Python."""
+    """How an artifact is written, what runs it, and the packages that this needs."""
 
     write: Callable[[Classifier, dict[str, Any], Path], None]
     run: Callable[[Path], Answers]
-    needs: tuple[str, ...]
-    usage: str
+    needs: tuple[str, ...] = ()
 
 
-PICTURE = (
-    "# a photo of 8 bits: more have to be scaled before\n"
-    "picture = PIL.ImageOps.exif_transpose(PIL.Image.open(photo)).convert('RGBA')\n"
-    "white = PIL.Image.new('RGBA', picture.size, 'white')\n"
-    "images = numpy.array(PIL.Image.alpha_composite(white, picture).convert('RGB'))[None]"
-)
 FORMATS = {
-    ".safetensors": Format(
-        write_safetensors, run_safetensors, (), "import distrib\n\nclassifier = distrib.load({name!r})\nlogits = "
-        "classifier.logits(classifier.pixels(photo)[None])",
-    ),
-    ".pt2": Format(
-        write_pt2, run_pt2, (), "import numpy, PIL.Image, PIL.ImageOps, torch\n\nmodel = torch.export.load({name!r}).module()\n"
-        f"{PICTURE}\nlogits = model(torch.from_numpy(images))",
-    ),
-    ".onnx": Format(
-        write_onnx, run_onnx, ("onnx", "onnxscript", "onnxruntime"),
-        "import json, numpy, onnxruntime, PIL.Image, PIL.ImageOps\n\nsession = onnxruntime.InferenceSession({name!r})\n"
-        "classes = json.loads(session.get_modelmeta().custom_metadata_map['classes'])\n"
-        f"{PICTURE}\n[logits] = session.run(['logits'], {{{{'images': images}}}})",
-    ),
-}  # fmt: skip
+    ".safetensors": Format(write_safetensors, run_safetensors),
+    ".pt2": Format(write_pt2, run_pt2),
+    ".onnx": Format(write_onnx, run_onnx, ("onnx", "onnxscript", "onnxruntime")),
+}

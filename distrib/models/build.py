@@ -1,7 +1,7 @@
 """Builds the network for a data set: by name, or the caller's, with fitting channels and classes."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -23,13 +23,15 @@ def build_model(
     classes: int,
     own: NetworkOrBuilder | None = None,
     *,
+    names: Sequence[str] = (),
     load: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """A network from images (n, *shape) to logits (n, classes). Raises UserError if name, size or weights do not fit.
 
     The initial weights come from torch's global generator: seed it first. If the config has `whiten`, call `fit_whitening`
-    afterwards. Without `load`, `config.weights` are not loaded; `tell` gets a line on what was loaded.
+    afterwards. Without `load`, `config.weights` are not loaded; `tell` gets a line on what was loaded. `names` are those of the
+    classes: the last layer of a run on others is not loaded.
     """
     whitening = Whitening(shape, config.whiten) if config.whiten else None
     inner = whitening.shape if whitening else shape
@@ -44,7 +46,7 @@ def build_model(
     if config.stem != "auto" and not isinstance(model, models.ResNet):
         raise UserError(f"model.stem={config.stem} would be ignored: it applies to ResNets only; omit it")
     if config.weights and load:
-        tell(load_pretrained(model, config))
+        tell(load_pretrained(model, config, names))
     if config.norm == "group":
         model = with_group_norm(model)
     if whitening:

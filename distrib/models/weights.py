@@ -23,24 +23,24 @@ BUILT_WITH = ("name", "norm", "width", "whiten", "stem")  # keys of model that d
 POSITIONS = ("pos_embed", "pos_embedding")  # timm's name, and torchvision's
 
 
-def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
-    """Load `config.weights` into `model`, except a last layer with other classes; returns a line on what was loaded.
+def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] = ()) -> str:
+    """Load `config.weights` into `model`, except a last layer for other classes; returns a line on what was loaded.
 
-    The filters of a first layer are summed over their channels if `model` has one channel, and left out for other channels.
-    Position embeddings for another image size are interpolated. Raises UserError if the weights cannot be read or do not fit.
+    The weights of a run have another last layer if its classes had other `names`. The filters of a first layer are summed over
+    their channels if `model` has one channel, and left out for other channels. Position embeddings for another image size are
+    interpolated. Raises UserError if the weights cannot be read or do not fit.
     """
     own = model.state_dict()
-    there, where = read_weights(config)
+    there, where, manifest = read_weights(config)
     found, prefix = without_prefix(there, {*own}, config.weights)
     # Weights of torch 0.4 lack num_batches_tracked; those of a network with group norm lack all statistics.
     optional = ("num_batches_tracked", *(("running_mean", "running_var") if config.norm == "group" else ()))
     weights = {name: each for name, each in own.items() if name.endswith(optional)} | found
+    weights, changed = adapted(model, weights)
     first, last = first_and_last(model)
-    summed = [name for name in first[:1] if name in own and is_summed(weights.get(name), own[name])]
-    weights |= {name: weights[name].sum(1, keepdim=True) for name in summed}
-    resized = interpolated(model, weights)
-    weights |= resized
-    unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    other_classes = bool(names and manifest) and manifest["data"]["classes"] != [*names]
+    left_out = last if other_classes else []
+    unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape or name in left_out]
     other_channels = {
         name for name in first if name in own and name in weights and weights[name].shape[2:] == own[name].shape[2:]
     }
@@ -48,7 +48,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     if wrong:
         name = wrong[0]
         how = f"is {list(weights[name].shape)} there, {list(own[name].shape)} here" if name in weights else "is not there"
-        way_out = STEM if isinstance(model, ResNet) and name == first[0] and name in weights else other_keys(config)
+        way_out = STEM if isinstance(model, ResNet) and name == first[0] and name in weights else other_keys(config, manifest)
         count = f"{len(wrong)} of {len(own)} tensors"
         raise UserError(
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
@@ -58,11 +58,11 @@ def load_pretrained(model: nn.Module, config: ModelConfig) -> str:
     weights |= {name: torch.zeros_like(own[name]) for name in zeros}
     model.load_state_dict({name: weights[name] for name in own if name not in unfit or name in zeros}, strict=False)
     details = [f"its key {where}"] * bool(where) + [f"without the prefix {prefix}"] * bool(prefix)
+    details += ["trained on other classes"] * other_classes
     parts = {
         "not loaded, so 0": zeros,
         "not loaded, so random": [name for name in unfit if name not in zeros],
-        "summed over its channels": summed,
-        "interpolated": [*resized],
+        **changed,
         "not used": [name for name in there if name.removeprefix(prefix) not in own or not name.startswith(prefix)],
     }
     return f"weights: {len(own) - len(unfit)} of {len(own)} tensors from {config.weights}" + in_words(details, parts)
@@ -76,21 +76,9 @@ def manifest_of(weights: str) -> dict[str, Any]:
     return description_in(path).get("manifest", {}) if path.is_file() else {}
 
 
-def forget_other_classes(model: nn.Module, weights: str, classes: Sequence[str]) -> list[str]:
-    """Set the last layer to 0 if `weights` are those of a run on other classes, as many as these; returns a line if so."""
-    manifest = manifest_of(weights)
-    if not manifest or manifest["data"]["classes"] == [*classes]:
-        return []
-    for name in first_and_last(model)[1]:
-        if name in model.state_dict():
-            nn.init.zeros_(model.get_parameter(name))
-    return [f"{weights} was trained on other classes, so the last layer starts at 0"]
-
-
-def other_keys(config: ModelConfig) -> str:
-    """The keys of the network that the run `config.weights` has other values for, in words."""
-    manifest, now = manifest_of(config.weights), vars(config)
-    there = manifest["config"]["model"] if manifest else {}
+def other_keys(config: ModelConfig, manifest: dict[str, Any]) -> str:
+    """The keys of the network for which a run has other values, in words."""
+    now, there = vars(config), manifest["config"]["model"] if manifest else {}
     differ = [f"model.{name}={there[name]}" for name in now if name in BUILT_WITH and there.get(name, now[name]) != now[name]]
     return f": it was trained with {' '.join(differ)}" if differ else ""
 
@@ -105,6 +93,15 @@ def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
         last = [said] if isinstance(said, str) else [*(said or last)]
     first, ends = ([f"{layer}.{part}" for layer in each for part in PARTS] for each in (layers[:1], last))
     return first, ends
+
+
+def adapted(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """`weights` for the channels and the image size of `model`, and which of them were changed, by how."""
+    own, first = model.state_dict(), first_and_last(model)[0][:1]
+    names = [name for name in first if name in own and is_summed(weights.get(name), own[name])]
+    summed = {name: weights[name].sum(1, keepdim=True) for name in names}
+    resized = interpolated(model, weights)
+    return weights | summed | resized, {"summed over its channels": names, "interpolated": [*resized]}
 
 
 def is_summed(there: Tensor | None, own: Tensor) -> bool:
@@ -143,15 +140,16 @@ def in_words(details: list[str], parts: dict[str, list[str]]) -> str:
     return found
 
 
-def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
-    """The tensors of `config.weights`, and their key in the file. Raises UserError."""
-    path, where = Path(config.weights), ""
+def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The tensors of `config.weights`, their key in the file, and the manifest of the run they are of. Raises UserError."""
+    path, where, manifest = Path(config.weights), "", dict[str, Any]()
     if path.is_dir():  # a run folder or checkpoint: the moving average, if there is one
         folder, manifest = best_checkpoint(path)
         refuse_damaged(folder)
         path = weights_of(folder, manifest)
     if is_file(path):
         tensors, where = read_tensors(path)
+        manifest = manifest or manifest_of(str(path))
     elif config.name in NETWORKS or config.name.startswith(OWN) or "/" in config.weights:
         raise UserError(f"model.weights={path} cannot be read: there is no such file or folder")
     else:
@@ -163,7 +161,7 @@ def read_weights(config: ModelConfig) -> tuple[dict[str, Tensor], str]:
             raise UserError(f"model.weights={config.weights} cannot be read: {one_line(error)}") from None
     if any(name.startswith("whitening.") for name in tensors):  # the network behind a Whitening, which is not loaded
         tensors = {name.removeprefix("network."): each for name, each in tensors.items() if name.startswith("network.")}
-    return tensors, where
+    return tensors, where, manifest
 
 
 def is_file(path: Path) -> bool:
