@@ -232,6 +232,12 @@ class Config(Checked):
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
+def refuse_all_held_out(config: DataConfig) -> None:
+    """Raise UserError if no image is left to train on."""
+    if config.holdout == 1:
+        raise UserError("data.holdout=1 leaves no images to train on: it is for distrib evaluate; give a smaller one")
+
+
 def refuse_uneven(batch_size: int, ranks: int) -> None:
     """Raise UserError if a batch does not divide evenly among the ranks."""
     spare = batch_size % ranks

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from distrib.config import OWN, Config
+from distrib.config import OWN, Config, refuse_all_held_out
 from distrib.data.loaders import Batch, Loader
 from distrib.data.sharing import agreed_fingerprint, load_shared
 from distrib.data.source import Arrays, Source
@@ -219,15 +219,14 @@ def with_names_of(
         if name:
             config = replace(config, **{section: replace(keys, name=f"{OWN}{name}")})
     refuse_keys_that_do_not_apply(config, changed)
+    refuse_all_held_out(config.data)
     if not config.run_dir:
         raise UserError("run_dir is missing: name the folder of this run, such as Config(run_dir='runs/mine')")
     return config
 
 
 def refuse_keys_of_other_data(config: Config, source: Source) -> None:
-    """Raise UserError if a key is for image files, and the images are in memory, or the reverse; or if all are held out."""
-    if config.data.holdout == 1:
-        raise UserError("data.holdout=1 leaves no images to train on: it is for evaluation; give a smaller one")
+    """Raise UserError if a key is for image files, and the images are in memory, or the reverse."""
     in_memory = isinstance(source.train, Arrays)
     idle, kind = ({"data.workers", "data.crop_area"}, "image files") if in_memory else ({"data.resident"}, "images in memory")
     given = sorted(idle & keys_changed(config))

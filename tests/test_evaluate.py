@@ -67,7 +67,7 @@ def test_other_photos_of_the_same_classes_are_evaluated(tmp_path: Path, capsys: 
     assert "data: data.holdout=1: all 9 images are for validation\n" in told
     assert "  of 9 images\n" in told
     assert main(["train", *keys, f"data.root={others / 'val'}", "data.holdout=1", f"run_dir={tmp_path / 'other'}"]) == 2
-    assert "data.holdout=1 leaves no images to train on: it is for evaluation" in capsys.readouterr().err
+    assert "data.holdout=1 leaves no images to train on: it is for distrib evaluate" in capsys.readouterr().err
     (others / "train/b").rename(others / "train/c")
     (others / "val/b").rename(others / "val/c")
     assert main(["evaluate", str(tmp_path / "run"), f"data.root={others}"]) == 2

@@ -86,7 +86,10 @@ def test_a_table_is_scanned_too_and_a_long_list_of_classes_is_shortened(
         ([], "give the folder or the table of images: distrib scan DATA"),
         (["data.size=3"], "give the folder or the table of images"),
         (["/nowhere"], "there is no folder or table /nowhere"),
-        ([".", "data.holdout=1"], "data.holdout=1 is for evaluation: omit it"),
+        (
+            [".", "data.holdout=1"],
+            "data.holdout=1 leaves no images to train on: it is for distrib evaluate; give a smaller one",
+        ),
         ([".", "optim.lr=3"], "unexpected argument 'optim.lr=3': give keys of data only"),
         ([".", "data.sise=3"], "there is no key data.sise: did you mean data.size?"),
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrib.command_line import load_config
-from distrib.config import Config
+from distrib.config import Config, refuse_all_held_out
 from distrib.data.datasets import load_source
 from distrib.data.pixels import ImageSpec, pixels_of
 from distrib.data.source import Files, Source
@@ -83,8 +83,7 @@ def config_of(args: Sequence[str]) -> Config:
     if not data.exists():
         raise UserError(f"there is no folder or table {data}")
     config = load_config([f"data.name={'folder' if data.is_dir() else 'csv'}", f"data.root={data}", *args[1:]])
-    if config.data.holdout == 1:
-        raise UserError("data.holdout=1 is for evaluation: omit it")
+    refuse_all_held_out(config.data)
     return config
 
 
