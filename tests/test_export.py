@@ -175,15 +175,17 @@ def test_networks_of_all_kinds_can_be_exported(tmp_path: Path, keys: list[str]) 
     assert export(tmp_path / "run", tmp_path / "model.onnx").images == 20
 
 
-def test_a_network_that_a_program_passed_is_passed_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+def test_a_network_that_a_program_passed_is_passed_again(tmp_path: Path, suffix: str) -> None:
     class Network(nn.Sequential):
         def __init__(self) -> None:
             super().__init__(nn.Flatten(), nn.Linear(64, 10))
 
     train(load_config([f"run_dir={tmp_path / 'run'}", "epochs=1", "precision=no", "threads=1"]), network=Network)
-    with pytest.raises(UserError, match="an object: pass it to load"):
-        export(tmp_path / "run", tmp_path / "model.pt2")
-    assert distrib.export(tmp_path / "run", tmp_path / "model.pt2", network=Network).images == 360
+    out = tmp_path / f"model{suffix}"
+    with pytest.raises(UserError, match=r"an object: pass it in Python, distrib.load\(..., network=...\)"):
+        export(tmp_path / "run", out)
+    assert distrib.export(tmp_path / "run", out, network=Network).images == 360
 
 
 def test_an_export_whose_answers_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

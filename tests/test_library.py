@@ -109,7 +109,9 @@ def test_what_evaluate_cannot_use_is_refused(tmp_path: Path) -> None:
     distrib.train(config(tmp_path / "run"), source=own_source(), network=network, objective=Focal())
     run, objects = tmp_path / "run", {"source": own_source(), "network": network, "objective": Focal()}
     for missing in objects:
-        with pytest.raises(distrib.UserError, match=r"was trained with .*=own:.*, an object: pass it to evaluate"):
+        with pytest.raises(
+            distrib.UserError, match=r"was trained with .*=own:.*, an object: pass it in Python, distrib.evaluate"
+        ):
             distrib.evaluate(run, **{name: each for name, each in objects.items() if name != missing})
     with pytest.raises(distrib.UserError, match=r"was saved with another network: 2.weight is .* and 7 more"):
         distrib.evaluate(

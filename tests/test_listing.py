@@ -118,6 +118,7 @@ def test_images_of_all_suffixes_are_read_and_of_none(tmp_path: Path) -> None:
 def test_the_order_of_images_is_that_of_their_names_and_deeper_folders_belong_to_the_class(tmp_path: Path) -> None:
     pictures(*(tmp_path / name for name in ("train/b", "train/a/z", "train/a/k/deep", "train/a", "val/a", "val/b")), number=2)
     (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
     found = [(str(Path(path).relative_to(tmp_path)), name) for path, name in listed(tmp_path).train]
     folders = ["train/a", "train/a/k/deep", "train/a/z", "train/b"]
     assert found == [(f"{folder}/{i:03d}.jpg", folder[6]) for folder in folders for i in range(2)]
@@ -152,6 +153,12 @@ def test_classes_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "train")
     with pytest.raises(UserError, match=r"val/, but no train/: to evaluate all images in it, data.root=.*/val data.holdout=1$"):
         listed(tmp_path)
+
+
+def test_names_of_splits_that_are_not_known_are_no_classes(tmp_path: Path) -> None:
+    pictures(tmp_path / "Training/a", tmp_path / "Training/b", tmp_path / "Testing/a", tmp_path / "Testing/b")
+    with pytest.raises(UserError, match=r"the classes would be Testing, Training: call such folders train and val$"):
+        listed(tmp_path).classes()
 
 
 def test_numbers_as_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:

@@ -27,6 +27,21 @@ from distrib.models.weights import SHOWN_WITH
 from distrib.training.identity import with_pixels_of_weights
 
 
+def test_group_norm_keeps_the_activations_of_timms_norms() -> None:
+    batch, group = (
+        build_model(ModelConfig(name="timm:test_efficientnet", norm=norm), (3, 32, 32), 5) for norm in ("batch", "group")
+    )
+    assert not any(isinstance(each, torch.nn.BatchNorm2d) for each in group.modules())
+    found: dict[str, float] = {}
+    for name, each in group.named_modules():
+        if isinstance(each, torch.nn.GroupNorm):
+            each.register_forward_hook(lambda _, __, out, name=name: found.update({name: out.min().item()}))
+    group(torch.randn(2, 3, 32, 32))
+    silent = {name for name, each in batch.named_modules() if isinstance(getattr(each, "act", None), torch.nn.Identity)}
+    assert len(found) > len(silent) > 1
+    assert {name for name, least in found.items() if least < -0.3} == silent  # SiLU is never below -0.28
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

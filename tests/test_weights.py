@@ -110,6 +110,28 @@ def test_a_file_is_known_by_its_bytes_and_an_old_format_is_read(tmp_path: Path) 
         assert torch.equal(model.conv1.weight, FOUND["conv1.weight"])
 
 
+def test_weights_of_batch_norm_are_told_where_group_norm_takes_its_place(tmp_path: Path) -> None:
+    lines, path = list[str](), tmp_path / "weights.pth"
+    torch.save(FOUND, path)
+    config = ModelConfig(name="resnet18", norm="group", weights=str(path))
+    model = build_model(config, (3, 224, 224), classes=5, tell=lines.append)
+    assert torch.equal(model.bn1.weight, FOUND["bn1.weight"])
+    assert lines[0].startswith(f"weights: 62 of 62 tensors from {path} (trained with batch norm); not used: bn1.running_mean, ")
+
+
+def test_weights_of_another_network_do_not_fit(tmp_path: Path) -> None:
+    norm = {name: each for name, each in FOUND.items() if name.startswith("bn1.")}  # a name that is common
+    torch.save({f"blocks.{block}.{name}": each for block in range(3) for name, each in norm.items()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights.pth do not fit resnet18: 100 of 122 tensors, such as conv1.weight, which is"):
+        build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "weights.pth")), (3, 224, 224), classes=5)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    torch.save(FOUND | {"conv1.weight": FOUND["conv1.weight"] / 0}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights.pth have values that are not finite in 1 tensors, such as conv1.weight$"):
+        build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "weights.pth")), (3, 224, 224), classes=5)
+
+
 class Hostile:
     """Leaves a file behind when it is unpickled."""
 

@@ -50,6 +50,10 @@ class Listing:
             way_out = "it needs a folder for each class; is it a folder too deep?"
             way_out = "; ".join(["a table needs two classes", *self.notes]) if table else way_out
             raise UserError(f"data.root={self.root} has {found}: {way_out}")
+        if {name.lower() for name in known} <= {*TRAIN, *VAL, "testing"}:
+            raise UserError(
+                f"data.root={self.root}: the classes would be {words(sorted(known))}: call such folders train and val"
+            )
         if not self.val:
             raise UserError(
                 f"data.root={self.root}: data.holdout holds out none of {len(self.train):,} images: give a larger one"
@@ -112,7 +116,8 @@ def list_classes(split: Path, listing: Listing, left_out: Counter[str]) -> list[
 
 def images_in(folder: str, left_out: Counter[str]) -> list[str]:
     """The image files in a folder and its subfolders, in order; counts the others by kind."""
-    found, visited = list[tuple[str, str]](), set[tuple[int, int]]()
+    found = list[tuple[str, str]]()
+    visited = {(each.stat().st_dev, each.stat().st_ino) for each in Path(folder).absolute().parents}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         where = os.stat(parent)
         if (where.st_dev, where.st_ino) in visited:  # a link to a folder above

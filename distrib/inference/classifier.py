@@ -23,6 +23,7 @@ from distrib.training.precision import choose_precision
 from distrib.training.state import shapes, tensor_differences
 
 OTHER_DATA = ("name", "root", "holdout", "bad_images", "white", "max_pixels")  # keys that may differ from those of the run
+ARGUMENTS = {"data": "source", "model": "network", "objective": "objective"}  # names of an object by its section
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,7 +54,13 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """The logits, (n, classes), of images (n, channels, height, width) uint8, averaged over the run's `tta` views."""
+        """The logits, (n, classes), of images (n, channels, height, width) uint8, averaged over the run's `tta` views.
+
+        Raises UserError for other tensors.
+        """
+        if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
+            found, wanted = f"{images.dtype} {list(images.shape)}", ", ".join(map(str, self.shape))
+            raise UserError(f"images are {found}, not uint8 (n, {wanted}): Classifier.pixels makes them of files")
         dtype, precision = DTYPES.get(self.config.precision), self.config.precision
         floats = self.normalize(images.to(self.device))
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision != "no"):
@@ -95,7 +102,8 @@ def refuse_missing_objects(folder: Path, config: Config, function: str, **given:
     for section, each in given.items():
         name = getattr(config, section).name
         if each is None and name.startswith(OWN):
-            raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it to {function}() too")
+            call = f"distrib.{function}(..., {ARGUMENTS[section]}=...)"
+            raise UserError(f"{folder} was trained with {section}.name={name}, an object: pass it in Python, {call}")
 
 
 def find(run: Path) -> tuple[Path, dict[str, Any], Path]:

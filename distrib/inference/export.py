@@ -95,7 +95,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix="distrib-export-") as room:
         made = Path(room, out.name)
         form.write(classifier, facts_of(classifier), made)
-        found = compared(form.run(made), classifier, source.val, skip=config.data.bad_images == "skip")
+        found = compared(form.run(made, classifier), classifier, source.val, skip=config.data.bad_images == "skip")
         text = Path(room, "card.md")
         text.write_text(card(classifier, out.name, str(found)), encoding="utf-8")
         try:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distrib.config import OWN
 from distrib.data.augment import mean_logits
 from distrib.data.resize import center_resized
 from distrib.errors import UserError
@@ -62,7 +63,7 @@ def write_pt2(classifier: Classifier, facts: dict[str, Any], path: Path) -> None
         torch.export.save(traced(classifier), path, extra_files={"distrib.json": json.dumps(facts)})
 
 
-def run_pt2(path: Path) -> Answers:
+def run_pt2(path: Path, classifier: Classifier) -> Answers:
     module: Answers = torch.export.load(path).module()
     return module
 
@@ -86,7 +87,7 @@ def write_onnx(classifier: Classifier, facts: dict[str, Any], path: Path) -> Non
     onnx.save(model, path)
 
 
-def run_onnx(path: Path) -> Answers:
+def run_onnx(path: Path, classifier: Classifier) -> Answers:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -99,15 +100,16 @@ def write_safetensors(classifier: Classifier, facts: dict[str, Any], path: Path)
     save_file(tensors, path, {"format": "pt", "distrib": json.dumps(facts | {"manifest": manifest})})
 
 
-def run_safetensors(path: Path) -> Answers:
-    return Graph(load(path)).eval()
+def run_safetensors(path: Path, classifier: Classifier) -> Answers:
+    own = classifier.config.model.name.startswith(OWN)
+    return Graph(load(path, network=deepcopy(classifier.network) if own else None)).eval()
 
 
 class Format(NamedTuple):
-    """How an artifact is written, what runs it, and the packages that this needs."""
+    """How an artifact of a classifier is written, what runs it, and the packages that this needs."""
 
     write: Callable[[Classifier, dict[str, Any], Path], None]
-    run: Callable[[Path], Answers]
+    run: Callable[[Path, Classifier], Answers]
     needs: tuple[str, ...] = ()
 
 

@@ -25,7 +25,7 @@ USAGE = """\
 usage: distrib predict RUN PATH... [--top K] [--json]
 
 Classifies images with the best checkpoint of the run folder RUN, or with the checkpoint RUN. A PATH is an image, a folder of
-images, or -, which reads paths from the standard input, one in each line. Writes CSV: the path, the K most likely classes
+images, or -, which reads such paths from the standard input, one in each line. Writes CSV: the path, the K most likely classes
 (default 1), each with its probability, and the error of a file that cannot be used; with --json, an object in each line."""
 
 FEW = 16  # images for which a worker process is started
@@ -66,17 +66,16 @@ def batches(images: int, size: int) -> Iterator[Share]:
 
 
 def paths_of(args: Iterable[str]) -> list[str]:
-    """The image files that the arguments name. Raises UserError if there are none."""
-    found, left_out = list[str](), Counter[str]()
+    """The image files that the arguments name. Raises UserError if there are none, or if an argument is not there."""
+    names, found, left_out = list[str](), list[str](), Counter[str]()
     for arg in args:
-        if arg == "-":
-            found += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-        elif os.path.isdir(arg):
-            images = images_in(arg, left_out)
-            found += images
-            left_out["empty folders"] += not images
-        else:
-            found.append(arg)
+        if arg != "-" and not os.path.lexists(arg):
+            raise UserError(f"there is no file or folder {arg}")
+        names += [line.rstrip("\r\n") for line in sys.stdin if line.strip()] if arg == "-" else [arg]
+    for name in names:
+        images = images_in(name, left_out) if os.path.isdir(name) else [name]
+        found += images
+        left_out["empty folders"] += not images
     if not found:
         raise UserError("there are no images: give files, folders, or - for paths in the standard input")
     if +left_out:
@@ -94,13 +93,17 @@ def lines(run: str, args: list[str], top: int, *, as_json: bool) -> Iterator[str
         if not as_json:
             numbers = ["", *range(2, top + 1)]
             yield row(["path", *(f"{title}{i}" for i in numbers for title in ("class", "probability")), "error"])
+        bad = 0
         for each in predict(classifier, paths, top, workers):
+            bad += bool(each.error)
             if as_json:
                 answers = [{"class": name, "probability": value} for name, value in each.top]
                 yield json.dumps({"path": each.path} | ({"error": each.error} if each.error else {"top": answers}))
             else:
                 cells = [cell for name, value in each.top for cell in (name, f"{value:.6f}")]
                 yield row([each.path, *(cells or [""] * (2 * top)), each.error])
+        if bad:
+            print(f"{bad:,} of {len(paths):,} images cannot be used", file=sys.stderr)
 
 
 def row(cells: list[str]) -> str:

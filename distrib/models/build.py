@@ -45,10 +45,10 @@ def build_model(
         model = of_a_package(config, inner, classes)
     if config.stem != "auto" and not isinstance(model, models.ResNet):
         raise UserError(f"model.stem={config.stem} would be ignored: it applies to ResNets only; omit it")
-    if config.weights and load:
-        tell(load_pretrained(model, config, names))
     if config.norm == "group":
         model = with_group_norm(model)
+    if config.weights and load:
+        tell(load_pretrained(model, config, names))
     if whitening:
         model = nn.Sequential(OrderedDict(whitening=whitening, network=model))
     try_out(model, config.name, shape, classes)

@@ -63,11 +63,23 @@ def with_group_norm(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             channels = module.num_features
             groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
-            norm = nn.GroupNorm(groups, channels)
-            norm.load_state_dict({"weight": module.weight, "bias": module.bias})
-            norm.weight.requires_grad_(module.weight.requires_grad)
+            # timm has norms that end with an activation
+            norm = ActivatedGroupNorm(groups, module) if hasattr(module, "act") else nn.GroupNorm(groups, channels)
+            norm.weight, norm.bias = module.weight, module.bias
             model.set_submodule(name, norm)
     return model
+
+
+class ActivatedGroupNorm(nn.GroupNorm):
+    """A GroupNorm in place of timm's BatchNormAct2d: the same dropout and activation follow."""
+
+    def __init__(self, groups: int, batch_norm: Any) -> None:
+        super().__init__(groups, batch_norm.num_features)
+        self.drop, self.act = batch_norm.drop, batch_norm.act
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self.act(self.drop(super().forward(input)))
+        return found
 
 
 def with_fast_depthwise(model: nn.Module) -> nn.Module:

@@ -119,7 +119,8 @@ def without_prefix(tensors: dict[str, Tensor], names: set[str], weights: str) ->
     """
     prefixes = Counter(name[: -len(tail)] for name in tensors for tail in tails(name) if tail in names)
     most = max(prefixes.values(), default=0)
-    best = sorted(prefix for prefix, count in prefixes.items() if count == most) or [""]
+    # Fewer than half are chance: another network also has some of the names.
+    best = sorted(prefix for prefix, count in prefixes.items() if count == most and 2 * count >= len(names)) or [""]
     averages = [prefix for prefix in best if "ema" in re.split(r"[._]", prefix.lower())]
     if len(best) > 1 and len(averages) != 1:
         words = " or ".join(repr(prefix) for prefix in best[:4])

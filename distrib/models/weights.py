@@ -1,7 +1,7 @@
 """Weights to start from: a run, a file, or published ones. The network may differ in its first and last layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,8 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
     own = model.state_dict()
     there, where, manifest = read_weights(config)
     found, prefix = without_prefix(there, {*own}, config.weights)
-    # Weights of torch 0.4 lack num_batches_tracked; those of a network with group norm lack all statistics.
-    optional = ("num_batches_tracked", *(("running_mean", "running_var") if config.norm == "group" else ()))
-    weights = {name: each for name, each in own.items() if name.endswith(optional)} | found
-    weights, changed = adapted(model, weights)
+    counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}  # torch 0.4 had none
+    weights, changed = adapted(model, counters | found)
     first, last = first_and_last(model)
     other_classes = bool(names and manifest) and manifest["data"]["classes"] != [*names]
     left_out = last if other_classes else []
@@ -53,12 +51,14 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
         raise UserError(
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
         )
+    refuse_not_finite(weights, own, config.weights)
     # A last layer of zeros: the features are good, and random logits would spoil them first (Kolesnikov et al., "BiT", 2020).
     zeros = [name for name in unfit if name in last]
     weights |= {name: torch.zeros_like(own[name]) for name in zeros}
     model.load_state_dict({name: weights[name] for name in own if name not in unfit or name in zeros}, strict=False)
     details = [f"its key {where}"] * bool(where) + [f"without the prefix {prefix}"] * bool(prefix)
     details += ["trained on other classes"] * other_classes
+    details += ["trained with batch norm"] * (config.norm == "group" and any(name.endswith("running_mean") for name in there))
     parts = {
         "not loaded, so 0": zeros,
         "not loaded, so random": [name for name in unfit if name not in zeros],
@@ -66,6 +66,13 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
         "not used": [name for name in there if name.removeprefix(prefix) not in own or not name.startswith(prefix)],
     }
     return f"weights: {len(own) - len(unfit)} of {len(own)} tensors from {config.weights}" + in_words(details, parts)
+
+
+def refuse_not_finite(weights: dict[str, Tensor], names: Collection[str], where: str) -> None:
+    """Raise UserError if one of `names` has weights that are not finite."""
+    bad = [name for name in names if name in weights and not weights[name].isfinite().all()]
+    if bad:
+        raise UserError(f"model.weights={where} have values that are not finite in {len(bad)} tensors, such as {bad[0]}")
 
 
 def manifest_of(weights: str) -> dict[str, Any]:
