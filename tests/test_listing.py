@@ -157,7 +157,7 @@ def test_classes_that_do_not_fit_are_told_or_refused(tmp_path: Path) -> None:
 
 def test_names_of_splits_that_are_not_known_are_no_classes(tmp_path: Path) -> None:
     pictures(tmp_path / "Training/a", tmp_path / "Training/b", tmp_path / "Testing/a", tmp_path / "Testing/b")
-    with pytest.raises(UserError, match=r"the classes would be Testing, Training: call such folders train and val$"):
+    with pytest.raises(UserError, match=r"the classes would be Testing, Training: call them train and val$"):
         listed(tmp_path).classes()
 
 

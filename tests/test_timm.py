@@ -43,6 +43,15 @@ def test_group_norm_keeps_the_activations_of_timms_norms() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [("test_vit", "no norm of this kind"), ("levit_128s", "BatchNorm1d")],
+)
+def test_group_norm_is_refused_where_it_replaces_nothing_or_not_all(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^model.norm=group replaces BatchNorm2d, but this network has {words}: omit it$"):
+        build_model(ModelConfig(name=f"timm:{name}", norm="group"), (3, 224, 224), 5)
+
+
+@pytest.mark.parametrize(
     ("name", "shape"),
     [
         ("timm:test_resnet", (3, 64, 64)),

@@ -128,7 +128,9 @@ def test_weights_of_another_network_do_not_fit(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     torch.save(FOUND | {"conv1.weight": FOUND["conv1.weight"] / 0}, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights.pth have values that are not finite in 1 tensors, such as conv1.weight$"):
+    with pytest.raises(
+        UserError, match=r"resnet18: 1 of 122 tensors, such as conv1.weight, which has values that are not finite$"
+    ):
         build_model(ModelConfig(name="resnet18", weights=str(tmp_path / "weights.pth")), (3, 224, 224), classes=5)
 
 

@@ -51,9 +51,7 @@ class Listing:
             way_out = "; ".join(["a table needs two classes", *self.notes]) if table else way_out
             raise UserError(f"data.root={self.root} has {found}: {way_out}")
         if {name.lower() for name in known} <= {*TRAIN, *VAL, "testing"}:
-            raise UserError(
-                f"data.root={self.root}: the classes would be {words(sorted(known))}: call such folders train and val"
-            )
+            raise UserError(f"data.root={self.root}: the classes would be {words(sorted(known))}: call them train and val")
         if not self.val:
             raise UserError(
                 f"data.root={self.root}: data.holdout holds out none of {len(self.train):,} images: give a larger one"

@@ -59,8 +59,8 @@ class Classifier:
         Raises UserError for other tensors.
         """
         if images.dtype != torch.uint8 or images.shape[1:] != self.shape:
-            found, wanted = f"{images.dtype} {list(images.shape)}", ", ".join(map(str, self.shape))
-            raise UserError(f"images are {found}, not uint8 (n, {wanted}): Classifier.pixels makes them of files")
+            wanted = ", ".join(map(str, self.shape))
+            raise UserError(f"images are {images.dtype} {list(images.shape)}, not uint8 (n, {wanted})")
         dtype, precision = DTYPES.get(self.config.precision), self.config.precision
         floats = self.normalize(images.to(self.device))
         with torch.autocast(self.device.type, dtype=dtype, enabled=precision != "no"):

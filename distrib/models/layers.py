@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distrib.errors import UserError
+
 Shape = tuple[int, int, int]  # channels, height, width
 
 RIDGE = 5e-4  # added to variances, so that directions in which patches hardly vary are not amplified
@@ -58,15 +60,21 @@ def fit_whitening(model: nn.Module, sample: Callable[[], Tensor]) -> None:
 
 
 def with_group_norm(model: nn.Module) -> nn.Module:
-    """Replace each BatchNorm2d by a GroupNorm (Wu and He, 2018), with groups of 16 channels or the nearest that divides."""
+    """Replace each BatchNorm2d by a GroupNorm (Wu and He, 2018), with groups of 16 channels or the nearest that divides.
+
+    Raises UserError if a network has another batch norm, or none.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             channels = module.num_features
             groups = next(n for n in range(max(1, channels // 16), 0, -1) if channels % n == 0)
-            # timm has norms that end with an activation
             norm = ActivatedGroupNorm(groups, module) if hasattr(module, "act") else nn.GroupNorm(groups, channels)
             norm.weight, norm.bias = module.weight, module.bias
             model.set_submodule(name, norm)
+    left = {type(each).__name__ for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)}
+    if left or not any(isinstance(each, nn.GroupNorm) for each in model.modules()):
+        found = ", ".join(sorted(left)) or "no norm of this kind"
+        raise UserError(f"model.norm=group replaces BatchNorm2d, but this network has {found}: omit it")
     return model
 
 
@@ -78,8 +86,7 @@ class ActivatedGroupNorm(nn.GroupNorm):
         self.drop, self.act = batch_norm.drop, batch_norm.act
 
     def forward(self, input: Tensor) -> Tensor:
-        found: Tensor = self.act(self.drop(super().forward(input)))
-        return found
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
 
 
 def with_fast_depthwise(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Weights to start from: a run, a file, or published ones. The network may differ in its first and last layer."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from distrib.models.weight_files import SUFFIXES, description_in, read_tensors, 
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
 STEM = ": model.stem=small or large chooses it"
+NOT_FINITE = "has values that are not finite"
 PARTS = ("weight", "bias")
 SHOWN_WITH = ("size", "fit", "center_crop", "filter")  # keys of data that say how an image file is shown to a network
 BUILT_WITH = ("name", "norm", "width", "whiten", "stem")  # keys of model that decide which tensors there are
@@ -37,21 +38,17 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
     weights, changed = adapted(model, counters | found)
     first, last = first_and_last(model)
     other_classes = bool(names and manifest) and manifest["data"]["classes"] != [*names]
-    left_out = last if other_classes else []
-    unfit = [name for name in own if name not in weights or weights[name].shape != own[name].shape or name in left_out]
-    other_channels = {
-        name for name in first if name in own and name in weights and weights[name].shape[2:] == own[name].shape[2:]
-    }
-    wrong = [name for name in unfit if name not in last and name not in other_channels]
+    why = {name: misfit(weights.get(name), each) for name, each in own.items()}
+    unfit = [name for name in own if why[name] or (other_classes and name in last)]
+    free = {*last, *(name for name in first if name in weights and weights[name].shape[2:] == own[name].shape[2:])}
+    wrong = [name for name in unfit if name not in free or why[name] == NOT_FINITE]
     if wrong:
-        name = wrong[0]
-        how = f"is {list(weights[name].shape)} there, {list(own[name].shape)} here" if name in weights else "is not there"
-        way_out = STEM if isinstance(model, ResNet) and name == first[0] and name in weights else other_keys(config, manifest)
-        count = f"{len(wrong)} of {len(own)} tensors"
+        name, count = wrong[0], f"{len(wrong)} of {len(own)} tensors"
+        stem = isinstance(model, ResNet) and name == first[0] and name in weights and why[name] != NOT_FINITE
+        way_out = STEM if stem else other_keys(config, manifest)
         raise UserError(
-            f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {how}{way_out}"
+            f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {why[name]}{way_out}"
         )
-    refuse_not_finite(weights, own, config.weights)
     # A last layer of zeros: the features are good, and random logits would spoil them first (Kolesnikov et al., "BiT", 2020).
     zeros = [name for name in unfit if name in last]
     weights |= {name: torch.zeros_like(own[name]) for name in zeros}
@@ -68,19 +65,21 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
     return f"weights: {len(own) - len(unfit)} of {len(own)} tensors from {config.weights}" + in_words(details, parts)
 
 
-def refuse_not_finite(weights: dict[str, Tensor], names: Collection[str], where: str) -> None:
-    """Raise UserError if one of `names` has weights that are not finite."""
-    bad = [name for name in names if name in weights and not weights[name].isfinite().all()]
-    if bad:
-        raise UserError(f"model.weights={where} have values that are not finite in {len(bad)} tensors, such as {bad[0]}")
-
-
 def manifest_of(weights: str) -> dict[str, Any]:
     """The manifest of a run, a checkpoint or an exported file; empty for other weights. Raises UserError."""
     path = Path(weights)
     if path.is_dir():
         return best_checkpoint(path)[1]
     return description_in(path).get("manifest", {}) if path.is_file() else {}
+
+
+def misfit(there: Tensor | None, own: Tensor) -> str:
+    """Why a tensor cannot be loaded into `own`; empty if it can."""
+    if there is None:
+        return "is not there"
+    if there.shape != own.shape:
+        return f"is {list(there.shape)} there, {list(own.shape)} here"
+    return "" if there.isfinite().all() else NOT_FINITE
 
 
 def other_keys(config: ModelConfig, manifest: dict[str, Any]) -> str:
@@ -98,14 +97,15 @@ def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
     if timms:  # a distilled network has two last layers
         said = timms["classifier"]
         last = [said] if isinstance(said, str) else [*(said or last)]
-    first, ends = ([f"{layer}.{part}" for layer in each for part in PARTS] for each in (layers[:1], last))
+    own, both = model.state_dict(), (layers[:1], last)
+    first, ends = ([f"{name}.{part}" for name in each for part in PARTS if f"{name}.{part}" in own] for each in both)
     return first, ends
 
 
 def adapted(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """`weights` for the channels and the image size of `model`, and which of them were changed, by how."""
     own, first = model.state_dict(), first_and_last(model)[0][:1]
-    names = [name for name in first if name in own and is_summed(weights.get(name), own[name])]
+    names = [name for name in first if is_summed(weights.get(name), own[name])]
     summed = {name: weights[name].sum(1, keepdim=True) for name in names}
     resized = interpolated(model, weights)
     return weights | summed | resized, {"summed over its channels": names, "interpolated": [*resized]}
