@@ -82,6 +82,7 @@ def test_paths_come_from_the_standard_input_and_answers_as_json(
     assert first["path"] == path
     assert [each["class"] for each in first["top"]] in (["a", "b"], ["b", "a"])
     assert second.keys() == {"path", "error"}
+    assert "No such file" in second["error"]
 
 
 def test_a_file_named_like_an_odd_text_is_one_cell(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

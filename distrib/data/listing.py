@@ -115,7 +115,7 @@ def list_classes(split: Path, listing: Listing, left_out: Counter[str]) -> list[
 def images_in(folder: str, left_out: Counter[str]) -> list[str]:
     """The image files in a folder and its subfolders, in order; counts the others by kind."""
     found = list[tuple[str, str]]()
-    visited = {(each.stat().st_dev, each.stat().st_ino) for each in Path(folder).absolute().parents}
+    visited = {(where.st_dev, where.st_ino) for where in map(os.stat, Path(folder).absolute().parents)}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         where = os.stat(parent)
         if (where.st_dev, where.st_ino) in visited:  # a link to a folder above

@@ -17,7 +17,7 @@ from distrib.models.weight_files import SUFFIXES, description_in, read_tensors, 
 from distrib.runtime.checkpoint import best_checkpoint, refuse_damaged, weights_of
 
 STEM = ": model.stem=small or large chooses it"
-NOT_FINITE = "has values that are not finite"
+MISSING, NOT_FINITE = "is not there", "has values that are not finite"  # why a tensor cannot be loaded
 PARTS = ("weight", "bias")
 SHOWN_WITH = ("size", "fit", "center_crop", "filter")  # keys of data that say how an image file is shown to a network
 BUILT_WITH = ("name", "norm", "width", "whiten", "stem")  # keys of model that decide which tensors there are
@@ -35,8 +35,8 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
     there, where, manifest = read_weights(config)
     found, prefix = without_prefix(there, {*own}, config.weights)
     counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}  # torch 0.4 had none
-    weights, changed = adapted(model, counters | found)
     first, last = first_and_last(model)
+    weights, changed = adapted(model, first[:1], counters | found)
     other_classes = bool(names and manifest) and manifest["data"]["classes"] != [*names]
     why = {name: misfit(weights.get(name), each) for name, each in own.items()}
     unfit = [name for name in own if why[name] or (other_classes and name in last)]
@@ -44,7 +44,7 @@ def load_pretrained(model: nn.Module, config: ModelConfig, names: Sequence[str] 
     wrong = [name for name in unfit if name not in free or why[name] == NOT_FINITE]
     if wrong:
         name, count = wrong[0], f"{len(wrong)} of {len(own)} tensors"
-        stem = isinstance(model, ResNet) and name == first[0] and name in weights and why[name] != NOT_FINITE
+        stem = isinstance(model, ResNet) and name == first[0] and why[name] not in (MISSING, NOT_FINITE)
         way_out = STEM if stem else other_keys(config, manifest)
         raise UserError(
             f"model.weights={config.weights} do not fit {config.name}: {count}, such as {name}, which {why[name]}{way_out}"
@@ -76,7 +76,7 @@ def manifest_of(weights: str) -> dict[str, Any]:
 def misfit(there: Tensor | None, own: Tensor) -> str:
     """Why a tensor cannot be loaded into `own`; empty if it can."""
     if there is None:
-        return "is not there"
+        return MISSING
     if there.shape != own.shape:
         return f"is {list(there.shape)} there, {list(own.shape)} here"
     return "" if there.isfinite().all() else NOT_FINITE
@@ -102,9 +102,9 @@ def first_and_last(model: nn.Module) -> tuple[list[str], list[str]]:
     return first, ends
 
 
-def adapted(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """`weights` for the channels and the image size of `model`, and which of them were changed, by how."""
-    own, first = model.state_dict(), first_and_last(model)[0][:1]
+def adapted(model: nn.Module, first: list[str], weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """`weights` for the channels and the image size of `model`, whose filters are `first`; and the names of those changed."""
+    own = model.state_dict()
     names = [name for name in first if is_summed(weights.get(name), own[name])]
     summed = {name: weights[name].sum(1, keepdim=True) for name in names}
     resized = interpolated(model, weights)
